@@ -1,0 +1,39 @@
+# `make demo` and `make test` need only Python 3.11+, pip and make: they create .venv and install into it.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+export OMP_NUM_THREADS ?= 2
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test check bench clean
+
+demo: $(READY)
+	$(BIN)/xloom demo
+
+test: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_imports.py
+
+bench: $(READY)
+	$(BIN)/xloom bench decode
+	$(BIN)/xloom bench prefill
+
+# Made anew when what is to be installed changes. torch goes first and by itself: the exact version is a CPU build
+# where one is at hand, and the rest then finds it installed.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,quantised]"
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,40 @@
+"""xloom: X-LoRA, a mixture of LoRA experts weighed per token and per layer (arXiv 2402.07148).
+
+The public names below are loaded on first use, so that `import xloom` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "XLoraConfig": "xloom.config",
+    "Expert": "xloom.experts",
+    "ScalingHead": "xloom.gating",
+    "ScalingsLog": "xloom.trace",
+    "XLoraForCausalLM": "xloom.model",
+    "errors": "xloom.errors",
+    "routers": "xloom.routers",
+}
+
+__all__ = ["Expert", "ScalingHead", "ScalingsLog", "XLoraConfig", "XLoraForCausalLM", "errors", "routers"]
+
+if TYPE_CHECKING:
+    from xloom import errors, routers
+    from xloom.config import XLoraConfig
+    from xloom.experts import Expert
+    from xloom.gating import ScalingHead
+    from xloom.model import XLoraForCausalLM
+    from xloom.trace import ScalingsLog
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'xloom' has no attribute {name!r}")
+    module = import_module(_HOMES[name])
+    return module if name == _HOMES[name].rpartition(".")[2] else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,238 @@
+"""What xloom must know of a base model: loading it, its layers, and whether two stacks work on it.
+
+The one place that looks into the structure of transformers' models.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from xloom.config import XLoraConfig, layer_types
+from xloom.errors import (
+    BaseMismatchError,
+    ConfigError,
+    NoMatchingSiteError,
+    NotFoundError,
+    UnsupportedArchitectureError,
+    XLoomError,
+    names,
+)
+from xloom.experts import Expert
+
+# Options of from_experts and from_pretrained that go to the loading of the base.
+BASE_OPTIONS = frozenset({
+    "attn_implementation", "cache_dir", "device_map", "dtype", "local_files_only", "low_cpu_mem_usage", "max_memory",
+    "offload_folder", "quantization_config", "revision", "token", "trust_remote_code",
+})  # fmt: skip
+
+# Architectures whose cached, batched and speculative decoding the tests hold against the uncached model. Any other is
+# tried on a few tokens when the model is made.
+VERIFIED = frozenset({
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "opt", "gpt_neox", "falcon",
+    "olmo2", "granite", "starcoder2", "cohere", "stablelm", "bloom", "mixtral", "qwen3_moe",
+})  # fmt: skip
+
+
+class _Made(Protocol):
+    """The part of `XLoraForCausalLM` that `check` uses."""
+
+    base: PreTrainedModel
+
+    def __call__(self, input_ids: Tensor, **kwargs: Any) -> Any: ...
+
+    @property
+    def sites(self) -> tuple[str, ...]: ...
+
+
+def load_base(base: str | Path | PreTrainedModel, options: Mapping[str, Any]) -> tuple[PreTrainedModel, str | None]:
+    """The base model, and where it came from (an absolute path, a hub id, or None).
+
+    Raises:
+        NotFoundError: no such folder or repository.
+        UnsupportedArchitectureError: not a decoder-only causal model whose layers keep keys and values.
+    """
+    if isinstance(base, PreTrainedModel):
+        if options:
+            raise ConfigError(f"{names(sorted(options))}: of no use with a base that is loaded already")
+        model, where = base, base.config._name_or_path or None
+    else:
+        where = str(base)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(where, **options)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            if isinstance(error, OSError) and not Path(where).is_dir():
+                raise NotFoundError(f"base model {where}: no such folder, and no hub repository within reach") from None
+            raise UnsupportedArchitectureError(f"base model {where}: cannot be loaded: {reason}") from None
+    check_base(model)
+    if where is not None and Path(where).is_dir():
+        where = str(Path(where).resolve())
+    return model, where
+
+
+def check_base(model: nn.Module) -> None:
+    """Raises UnsupportedArchitectureError unless two stacks can be made of the model."""
+    kind = type(model).__name__
+    if not isinstance(model, PreTrainedModel) or not model.can_generate() or model.config.is_encoder_decoder:
+        raise UnsupportedArchitectureError(f"{kind}: expected a decoder-only causal language model of transformers")
+    if model.base_model is model or model.get_output_embeddings() is None:
+        raise UnsupportedArchitectureError(f"{kind}: has no decoder apart from its language-model head")
+    if any(type(module).__name__ in {"Site", "GateLayer"} for module in model.modules()):
+        raise UnsupportedArchitectureError(f"{kind}: carries a mixture of experts already; unload() it first")
+    if getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config"):
+        raise UnsupportedArchitectureError(f"{kind}: carries PEFT adapters; pass the plain base and name the adapters")
+    layer_types(model.config.get_text_config(decoder=True))
+
+
+def hidden_size(model: PreTrainedModel) -> int:
+    """Size of the hidden state that leaves the decoder, and enters every layer."""
+    text = model.config.get_text_config(decoder=True)
+    # OPT-350m's decoder projects its last state down to the embedding size; the head reads what leaves it.
+    size = getattr(text, "word_embed_proj_dim", None) or text.hidden_size
+    return int(size)
+
+
+def fit_experts(
+    model: PreTrainedModel, experts: Mapping[str, Expert], gate_at_layer: int | None, drop: bool
+) -> dict[str, Expert]:
+    """The experts with module paths as the base has them, and with `gate_at_layer` none below it.
+
+    Raises:
+        BaseMismatchError, NoMatchingSiteError: an expert belongs to another base.
+        ConfigError: an expert adapts something below the gate and `drop` is False.
+    """
+    present = {name for name, _ in model.named_modules()}
+    fitted = {n: e.match_modules(present, model.base_model_prefix) for n, e in experts.items()}
+    if gate_at_layer is None:
+        return fitted
+    path, _ = decoder_layers(model)
+    for label, expert in fitted.items():
+        below = [m for m in expert.modules if _is_below(m, path, gate_at_layer, model)]
+        if below and not drop:
+            raise ConfigError(
+                f"expert {label!r} adapts {len(below)} modules below gate_at_layer={gate_at_layer} ({names(below, 2)}), "
+                "where its scalings are not known yet; train it with layers_to_transform from there on, or pass "
+                "drop_sites_below_gate=True"
+            )
+        kept = {m: low for m, low in expert.modules.items() if m not in below}
+        if not kept:
+            raise NoMatchingSiteError(f"expert {label!r} adapts nothing from gate_at_layer={gate_at_layer} on")
+        fitted[label] = replace(expert, modules=kept)
+    return fitted
+
+
+def check_same_base(config: XLoraConfig, model: PreTrainedModel) -> None:
+    """Raises BaseMismatchError if the base differs from the one that the checkpoint was made with."""
+    if not isinstance(config.base_config, PreTrainedConfig):
+        return
+    was, now = config.base_text_config, model.config.get_text_config(decoder=True)
+    for field in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        if getattr(was, field, None) != getattr(now, field, None):
+            raise BaseMismatchError(
+                f"base model {model.config._name_or_path or type(model).__name__}: the checkpoint was made for {field} "
+                f"{getattr(was, field, None)!r}, this base has {getattr(now, field, None)!r}"
+            )
+
+
+def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Path and list of the decoder's layers."""
+    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return name, module
+    raise UnsupportedArchitectureError(f"{type(model).__name__}: found no list of its {depth} layers")
+
+
+def _is_below(module: str, layers: str, gate: int, model: PreTrainedModel) -> bool:
+    if module.startswith(f"{layers}."):
+        return int(module.removeprefix(f"{layers}.").split(".")[0]) < gate
+    return model.get_submodule(module) is not model.get_output_embeddings()
+
+
+class GateLayer(nn.Module):
+    """A decoder layer whose incoming hidden state is shown to someone first."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.on_hidden: Callable[[Tensor], None] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "layer":
+                raise
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.on_hidden is not None:
+            self.on_hidden(args[0] if args else kwargs["hidden_states"])
+        return self.layer(*args, **kwargs)
+
+    @contextmanager
+    def watched_by(self, on_hidden: Callable[[Tensor], None]) -> Iterator[None]:
+        self.on_hidden = on_hidden
+        try:
+            yield
+        finally:
+            self.on_hidden = None
+
+
+class Gate:
+    """The gate layer in its place in the base; `remove` and `put_back` take it out and in."""
+
+    def __init__(self, layers: nn.ModuleList, index: int) -> None:
+        self._layers, self._index = layers, index
+        self._wrapped = GateLayer(layers[index])
+        self.put_back()
+
+    def put_back(self) -> None:
+        self._layers[self._index] = self._wrapped
+
+    def remove(self) -> None:
+        self._layers[self._index] = self._wrapped.layer
+
+    def watched_by(self, on_hidden: Callable[[Tensor], None]) -> Any:
+        return self._wrapped.watched_by(on_hidden)
+
+
+def install_gate(model: PreTrainedModel, index: int) -> Gate:
+    return Gate(decoder_layers(model)[1], index)
+
+
+def check(made: _Made, tokens: int = 8) -> None:
+    """Tries an architecture that the tests do not cover: cached in pieces against uncached at once.
+
+    Raises:
+        UnsupportedArchitectureError: with the difference found, or with what failed.
+    """
+    base = made.base
+    text = base.config.get_text_config(decoder=True)
+    if text.model_type in VERIFIED or base.device.type == "meta":
+        return
+    ids = torch.arange(tokens, device=base.device).unsqueeze(0) % text.vocab_size
+    try:
+        with torch.no_grad():
+            whole = made(ids, use_cache=False).logits
+            first = made(ids[:, : tokens - 3], use_cache=True)
+            rest = made(ids[:, tokens - 3 :], past_key_values=first.past_key_values, use_cache=True)
+    except XLoomError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UnsupportedArchitectureError(f"{text.model_type}: the two passes fail: {reason}") from error
+    pieces = torch.cat([first.logits, rest.logits], dim=1)
+    difference = (whole - pieces).float().abs().max().item()
+    allowed = 1e-3 * max(1.0, whole.float().abs().max().item()) * (1 if whole.dtype.itemsize >= 4 else 50)
+    if not difference <= allowed:
+        raise UnsupportedArchitectureError(
+            f"{text.model_type}: cached and uncached logits differ by {difference:.3g} (allowed {allowed:.3g}): this "
+            "model keeps something from token to token that is not in its cache"
+        )

@@ -1,0 +1,94 @@
+"""One transformers cache for both passes: views on its layers, and the pooled head's states beside them.
+
+    cache.layers = [scaling pass 0..L-1][mixed pass 0..L-1][one layer per pooled head input]
+
+The views share the layer objects, so crop, reorder, batch and reset act on everything at once. A pooled state is kept
+per position (keys: sums [B, 1, T, D], values: counts [B, 1, T, 1]), so cutting the cache back cuts it back as well.
+Knows nothing of models or routers.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
+
+from xloom.config import XLoraConfig
+from xloom.errors import CacheError
+from xloom.gating import PoolState
+
+
+@dataclass(frozen=True)
+class CacheViews:
+    """What each part of a forward may see of one cache."""
+
+    scaling: Cache
+    mixed: Cache
+    pools: list[CacheLayerMixin]
+
+    def past_pools(self) -> list[PoolState | None]:
+        return [_last_state(layer) for layer in self.pools]
+
+    def append_pools(self, states: list[PoolState]) -> None:
+        for layer, state in zip(self.pools, states, strict=True):
+            layer.update(state.sums_BTD.unsqueeze(1).detach(), state.counts_BT1.unsqueeze(1).detach())
+
+
+def new_cache(config: XLoraConfig) -> DynamicCache:
+    """An empty cache with the layers that `config` calls for."""
+    return DynamicCache(config=config)
+
+
+def views(cache: Cache, config: XLoraConfig, *, two_passes: bool) -> CacheViews:
+    """Splits a cache. With one pass only, that pass lives in the first stack, which tells the cache's length.
+
+    Raises:
+        CacheError: not made for this model, or filled by a router that needs another number of passes.
+    """
+    if not cache.layers and cache.layer_class_to_replicate is not None:  # DynamicCache() without a config
+        cache.layers.extend(new_cache(config).layers)
+        cache.layer_class_to_replicate = None
+    depth = config.base_text_config.num_hidden_layers
+    expected = depth * config.num_stacks + len(config.pools)
+    if len(cache.layers) != expected:
+        raise CacheError(
+            f"expected a cache of {expected} layers ({config.num_stacks} stacks of {depth} and {len(config.pools)} for "
+            f"pooled head inputs), found {len(cache.layers)}; build it with DynamicCache(config=model.config)"
+        )
+    if cache.offloading:
+        raise CacheError("an offloaded cache cannot be split into two stacks; use a dynamic or static one")
+    stacks = depth * config.num_stacks
+    first, pools = cache.layers[:depth], cache.layers[stacks:]
+    if any(type(layer) not in (DynamicLayer, StaticLayer) for layer in pools):
+        raise CacheError(f"a pooled head input needs a dynamic or static cache, found {type(cache).__name__}")
+    if config.num_stacks == 1:
+        return CacheViews(Cache(layers=first), Cache(layers=first), pools)
+    second = cache.layers[depth:stacks]
+    _check_stacks(first[0], second[0], two_passes)
+    return CacheViews(Cache(layers=first), Cache(layers=second if two_passes else first), pools)
+
+
+def _check_stacks(first: CacheLayerMixin, second: CacheLayerMixin, two_passes: bool) -> None:
+    lengths = first.get_seq_length(), second.get_seq_length()
+    if any(isinstance(length, torch.Tensor) for length in lengths):
+        return  # a static cache keeps its length on the device; reading it would stall every step
+    if lengths[1] != (lengths[0] if two_passes else 0):
+        raise CacheError(
+            f"the cache holds {lengths[0]} tokens of the scaling pass and {lengths[1]} of the mixed pass: it was filled "
+            "under another router; start a new cache when the router changes"
+        )
+
+
+def _last_state(layer: CacheLayerMixin) -> PoolState | None:
+    if not layer.is_initialized:
+        return None
+    if isinstance(layer, StaticLayer):
+        last = (layer.cumulative_length - 1).clamp(min=0).view(1)
+        empty = layer.cumulative_length == 0
+        sums = layer.keys.index_select(2, last).masked_fill(empty, 0.0)
+        counts = layer.values.index_select(2, last).masked_fill(empty, 0.0)
+    elif layer.get_seq_length() == 0:
+        return None
+    else:
+        sums, counts = layer.keys[:, :, -1:], layer.values[:, :, -1:]
+    return PoolState(sums.squeeze(1), counts.squeeze(1))

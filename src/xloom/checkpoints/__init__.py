@@ -1,0 +1,140 @@
+"""Checkpoints: one in-memory form, `Saved`, and a codec for each format on disk.
+
+    xloom      config.json  head.safetensors  experts/<name>/  [base/]         read and written
+    peft       adapter_config.json (peft_type XLORA)  adapter_model.safetensors read and written
+    xlora      xlora_config.json  xlora_classifier.safetensors  <name>/         read and written
+    mistralrs  a flat folder and an ordering file for mistral.rs 0.6.0          written
+
+Knows nothing of running models. Names of head tensors inside `Saved` are those of `ScalingHead.state_dict`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from xloom.checkpoints import mistralrs, native, peft, xlora
+from xloom.checkpoints.saved import Saved
+from xloom.errors import (
+    BaseMismatchError,
+    CheckpointError,
+    ConfigError,
+    ForeignCheckpointError,
+    MissingTensorsError,
+    names,
+)
+from xloom.experts import CONFIG_FILE
+from xloom.files import fetch_folder, new_folder, read_json
+
+__all__ = ["Format", "Saved", "check_sites", "checked_head", "locate_base", "read", "write"]
+
+Format = Literal["xloom", "peft", "xlora", "mistralrs"]
+
+
+def read(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    experts: Mapping[str, str | Path] | None = None,
+) -> Saved:
+    """Reads a checkpoint of any format; the files in the folder tell which.
+
+    Args:
+        experts: (peft) where experts are, by the names that the checkpoint gives them.
+
+    Raises:
+        ForeignCheckpointError: none of the formats.
+        NotFoundError, TruncatedFileError, MissingTensorsError, ConfigError, ExpertError: what is wrong, and where.
+    """
+    folder = fetch_folder(source, revision=revision, subfolder=subfolder)
+    if (folder / xlora.CONFIG).is_file():
+        return xlora.read(folder)
+    if (folder / native.CONFIG).is_file() and read_json(folder / native.CONFIG).get("model_type") == "xlora":
+        return native.read(folder)
+    if (folder / CONFIG_FILE).is_file():
+        kind = read_json(folder / CONFIG_FILE).get("peft_type")
+        if kind == "XLORA":
+            return peft.read(folder, experts or {})
+        raise ForeignCheckpointError(
+            f"{folder}: a PEFT adapter of type {kind!r}; one adapter is an expert, not a mixture: see from_experts"
+        )
+    raise ForeignCheckpointError(
+        f"{folder}: expected a checkpoint of xloom (config.json), PEFT X-LoRA ({CONFIG_FILE}) or xlora "
+        f"({xlora.CONFIG}), found {names(sorted(p.name for p in folder.iterdir())) or 'an empty folder'}"
+    )
+
+
+def write(
+    saved: Saved,
+    folder: Path,
+    format: Format,
+    base: Callable[[], AbstractContextManager[Any]] | None = None,
+) -> None:
+    """Writes a checkpoint; the folder appears whole or not at all.
+
+    Args:
+        base: gives the plain base model to put into the folder as well.
+
+    Raises:
+        NotExportableError: the format has no words for something in it.
+    """
+    if format not in get_args(Format):
+        raise ConfigError(f"unknown format {format!r}; expected one of {names(get_args(Format))}")
+    with new_folder(folder) as staged:
+        if format == "xloom":
+            native.write(saved, staged, final=folder)
+            if base is not None:
+                with base() as model:
+                    model.save_pretrained(staged / native.BASE)
+        else:
+            {"peft": peft, "xlora": xlora, "mistralrs": mistralrs}[format].write(saved, staged, final=folder)
+
+
+def locate_base(saved: Saved) -> str:
+    """Folder or hub id of the base that a checkpoint names or carries.
+
+    Raises:
+        CheckpointError: it names none.
+    """
+    if saved.base_folder is not None:
+        return str(saved.base_folder)
+    if saved.config.base_model_name_or_path:
+        return saved.config.base_model_name_or_path
+    raise CheckpointError("the checkpoint does not say which base model it belongs to; pass base=...")
+
+
+def check_sites(saved: Saved, sites: Sequence[str]) -> None:
+    """Raises BaseMismatchError unless the sites are those, in the order, that the head was trained with."""
+    expected = saved.config.sites or []
+    if expected and list(expected) != list(sites):
+        changed = [name for name in expected if name not in sites] or [name for name in sites if name not in expected]
+        raise BaseMismatchError(
+            f"the head was trained for {len(expected)} sites, this base and these experts have {len(sites)}"
+            + (f"; they differ in {names(changed, 3)}" if changed else " in another order")
+        )
+
+
+def checked_head(saved: Saved, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The saved head, if its tensors are those that the config calls for.
+
+    Raises:
+        MissingTensorsError: some are not there; they are named, and why where it is known.
+        CheckpointError: some are of another shape, or there are more.
+    """
+    missing = [key for key in expected if key not in saved.head]
+    if missing:
+        hint = f" {saved.missing_hint}" if saved.missing_hint else ""
+        shown = names([saved.head_names.get(key, key) for key in missing])
+        raise MissingTensorsError(f"{saved.where}: the head lacks {shown}.{hint}")
+    if extra := [key for key in saved.head if key not in expected]:
+        raise CheckpointError(f"{saved.where}: the head has tensors that the config does not call for: {names(extra)}")
+    for key, tensor in saved.head.items():
+        if tensor.shape != expected[key].shape:
+            raise CheckpointError(
+                f"{saved.where}: head tensor {saved.head_names.get(key, key)} has shape {tuple(tensor.shape)}, "
+                f"expected {tuple(expected[key].shape)}"
+            )
+    return saved.head

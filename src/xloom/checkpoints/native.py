@@ -1,0 +1,58 @@
+"""Our own format: a folder that holds everything but the base, and the base too if asked.
+
+config.json                XLoraConfig, with the base's config, expert and site names
+head.safetensors           ScalingHead.state_dict
+experts/<name>/            a PEFT LoRA folder each
+base/                      optional: the base as transformers saves it
+"""
+
+import os
+from pathlib import Path
+
+from xloom.checkpoints.saved import Saved, write_expert
+from xloom.config import XLoraConfig
+from xloom.errors import TruncatedFileError
+from xloom.experts import Expert
+from xloom.files import read_json, read_tensors, write_json, write_tensors
+
+CONFIG, HEAD, EXPERTS, BASE = "config.json", "head.safetensors", "experts", "base"
+
+
+def read(folder: Path) -> Saved:
+    raw = read_json(folder / CONFIG)
+    if not raw.get("experts"):
+        raise TruncatedFileError(f"{folder / CONFIG}: names no experts")
+    config = XLoraConfig(**raw)
+    experts = {name: Expert.from_pretrained(folder / EXPERTS / name) for name in config.experts or []}
+    base = folder / BASE
+    where = config.base_model_name_or_path
+    if where and where.startswith("."):
+        config.base_model_name_or_path = str((folder / where).resolve())
+    return Saved(
+        config,
+        read_tensors(folder / HEAD),
+        experts,
+        base_folder=base if base.is_dir() else None,
+        where=str(folder / HEAD),
+    )
+
+
+def write(saved: Saved, folder: Path, *, final: Path) -> None:
+    config = saved.config.to_dict()
+    config["architectures"] = ["XLoraForCausalLM"]
+    config["base_model_name_or_path"] = relative_base(saved.config.base_model_name_or_path, final)
+    config.pop("_name_or_path", None)
+    if isinstance(config.get("base_config"), dict):
+        config["base_config"].pop("_name_or_path", None)
+    write_json(folder / CONFIG, config)
+    write_tensors(folder / HEAD, saved.head)
+    for name, expert in saved.experts.items():
+        write_expert(expert, folder / EXPERTS / name)
+
+
+def relative_base(base: str | None, final: Path) -> str | None:
+    """A local base by its way from the checkpoint, so that both can move together; a hub id as it is."""
+    if base is None or not os.path.isabs(base):
+        return base
+    way = os.path.relpath(base, Path(final).resolve())
+    return way if way.startswith(".") else f"./{way}"

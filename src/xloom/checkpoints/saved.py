@@ -1,0 +1,63 @@
+"""The one form that every codec reads into and writes from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from xloom.config import XLoraConfig
+from xloom.errors import NotExportableError, names
+from xloom.experts import CONFIG_FILE, WEIGHTS_FILE, Expert
+from xloom.files import write_json, write_tensors
+
+
+@dataclass
+class Saved:
+    """A checkpoint in memory.
+
+    Args:
+        head: tensors by the names of `ScalingHead.state_dict`.
+        base_folder: the base, where the checkpoint carries it.
+        where: the file that the head came from, for messages.
+        head_names: what the file calls those tensors, for messages.
+        missing_hint: why tensors may be missing from such a file.
+    """
+
+    config: XLoraConfig
+    head: dict[str, Tensor]
+    experts: dict[str, Expert]
+    base_folder: Path | None = None
+    where: str = ""
+    head_names: Mapping[str, str] = field(default_factory=dict)
+    missing_hint: str = ""
+
+
+def write_expert(expert: Expert, folder: Path) -> None:
+    """An ordinary PEFT LoRA folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / CONFIG_FILE, dict(expert.config))
+    write_tensors(folder / WEIGHTS_FILE, expert.tensors())
+
+
+def refuse(format: str, reasons: list[str]) -> None:
+    """Raises NotExportableError if there are reasons."""
+    if reasons:
+        raise NotExportableError(f"format {format!r} cannot hold this model: {names(reasons, 10)}")
+
+
+def our_fields_in_use(config: XLoraConfig) -> list[str]:
+    """Settings that no other implementation knows."""
+    found = []
+    if config.null_expert:
+        found.append("null_expert")
+    if config.head_input not in ("token", ["token"]):
+        found.append(f"head_input={config.head_input!r}")
+    if config.gate_at_layer is not None:
+        found.append(f"gate_at_layer={config.gate_at_layer}")
+    return found
+
+
+def linear_keys(config: XLoraConfig) -> list[int]:
+    """Indices of the head's Linears in `ScalingHead.layers`."""
+    return list(range(config.xlora_depth))

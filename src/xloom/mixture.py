@@ -1,0 +1,387 @@
+"""The experts of every site as stacked matmuls, put into a base model and taken out again.
+
+    y = W x + sum_n s_n * scale_n * (B_n (A_n x) + b_n)                              LoRA
+    y = W x + sum_n s_n * ((m_n/c_n - 1) * W x + m_n/c_n * scale_n * B_n A_n x)      DoRA, c_n = |W + scale_n B_n A_n|
+
+Two matmuls per site, whatever the number of experts, with the scalings between them where the tensor is narrowest.
+The scalings s come from the `Router` in charge; with none, a site is its base module and nothing else.
+Knows nothing of where scalings come from, of caches, or of files.
+Letters: B batch  T tokens  I in-features  O out-features  S sites  N experts  R sum of the experts' ranks
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from xloom.errors import BaseMismatchError, ConvolutionError, NoMatchingSiteError, ScalingsShapeError, names
+from xloom.experts import Expert, LowRank
+
+
+class Router(ABC):
+    """Who gives the scalings. Every site asks at every forward."""
+
+    needs_hidden = False  # True: it first sees the hidden state of the scaling pass, see routers.HiddenStateRouter
+
+    @abstractmethod
+    def scalings(self, site: "Site", x: Tensor) -> Tensor | None:
+        """Weights of the experts at one site: [*leading, N], or None for "add nothing".
+
+        Args:
+            x: what enters the site: [*leading, I], with leading = B, T (or B*T where the base flattens its tokens);
+                token ids [B, T] at an embedding.
+        """
+
+
+class Site(nn.Module):
+    """A base module and what the experts add to it. Experts without factors here have rank 0 and add nothing.
+
+    Args:
+        name: module path in the base.
+        index: position on the scalings' S axis.
+        experts: one entry per expert; None where it lacks this site.
+        trainable: factors become parameters, not buffers.
+    """
+
+    A_RI: Tensor
+    B_OR: Tensor
+    spread_NR: Tensor
+    bias_NO: Tensor | None
+    dora_NO: Tensor | None
+
+    def __init__(
+        self,
+        base: nn.Module,
+        name: str,
+        index: int,
+        experts: Sequence[LowRank | None],
+        mixture: "Mixture",
+        *,
+        dtype: torch.dtype,
+        trainable: bool,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.name = name
+        self.index = index
+        self.mixture = mixture
+        self.ranks = [e.rank if e else 0 for e in experts]
+        self.scales = [e.scale if e else 0.0 for e in experts]
+        here = [e for e in experts if e]
+        device = next((p.device for p in base.parameters()), torch.device("cpu"))
+        place: dict[str, Any] = {"dtype": dtype, "device": device}
+        out_features = here[0].B_OR.shape[0]
+
+        self._own("A_RI", torch.cat([e.A_RI for e in here], dim=0).to(**place), trainable)
+        self._own("B_OR", torch.cat([e.B_OR for e in here], dim=1).to(**place), trainable)
+        # Row n holds the scale of expert n at its own ranks: one product spreads scalings over ranks and scales them.
+        spread = torch.zeros(len(experts), sum(self.ranks))
+        for n, (start, stop) in enumerate(self._rank_spans()):
+            spread[n, start:stop] = self.scales[n]
+        self.register_buffer("spread_NR", spread.to(**place), persistent=False)
+        bias = None
+        if any(e.bias_O is not None for e in here):
+            bias = torch.stack([_or_zeros(e.bias_O if e else None, out_features) for e in experts]).to(**place)
+        self._own("bias_NO", bias, trainable)
+        magnitude = dora = None
+        if any(e.magnitude_O is not None for e in here):
+            weight_OI = dense_weight(base)
+            magnitude = torch.stack([_or_zeros(e.magnitude_O if e else None, out_features) for e in experts])
+            gain = torch.stack([dora_gain(e, weight_OI) if e else torch.ones(out_features) for e in experts])
+            magnitude, dora = magnitude.to(**place), (gain - 1).to(**place)
+            spans = self._rank_spans()
+            per_rank = [gain[n, :, None].expand(-1, stop - start) for n, (start, stop) in enumerate(spans)]
+            self.register_buffer("B_dora_OR", self.B_OR * torch.cat(per_rank, dim=1).to(**place), persistent=False)
+        self.register_buffer("magnitude_NO", magnitude)
+        self.register_buffer("dora_NO", dora, persistent=False)
+
+    def _own(self, name: str, tensor: Tensor | None, trainable: bool) -> None:
+        if tensor is not None and trainable:
+            self.register_parameter(name, nn.Parameter(tensor))
+        else:
+            self.register_buffer(name, tensor)
+
+    def __getattr__(self, name: str) -> Any:
+        """What a site does not have itself (`weight`, `in_features`, ...) it answers for its base module."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":
+                raise
+            return getattr(super().__getattr__("base"), name)
+
+    # --- forward ---
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = self.base(x, *args, **kwargs)
+        scalings = self.mixture.scalings(self, x)
+        if scalings is None:
+            return y
+        return y + self.delta(x, scalings, y).to(y.dtype)
+
+    def delta(self, x: Tensor, scalings: Tensor, y: Tensor) -> Tensor:
+        """What all experts together add to the base's output `y` for input `x`."""
+        scalings = self._aligned(scalings, y).to(self.A_RI)
+        h = self._down(x) * (scalings @ self.spread_NR)
+        if self.dora_NO is None:
+            delta = F.linear(h, self.B_OR)
+        else:
+            delta = F.linear(h, self.B_dora_OR)
+        delta = self._scaled_like_base(delta)
+        if self.dora_NO is not None:
+            delta = delta + (scalings @ self.dora_NO) * self._without_bias(y).to(delta.dtype)
+        if self.bias_NO is not None:
+            scale_N = scalings.new_tensor(self.scales)
+            delta = delta + (scalings * scale_N) @ self.bias_NO
+        return delta
+
+    def delta_reference(self, x: Tensor, scalings: Tensor, y: Tensor) -> Tensor:
+        """The meaning of `delta`: one expert after the other, straight from the formulas above."""
+        total = torch.zeros_like(y)
+        for n, low in enumerate(self.experts()):
+            if low is None:
+                continue
+            delta = low.scale * self._scaled_like_base(F.linear(self._down(x, low.A_RI), low.B_OR))
+            if low.magnitude_O is not None:
+                gain_O = dora_gain(low, dense_weight(self.base))
+                delta = (gain_O - 1) * self._without_bias(y) + gain_O * delta
+            if low.bias_O is not None:
+                delta = delta + low.scale * low.bias_O
+            total = total + self._aligned(scalings, y)[..., n, None] * delta
+        return total
+
+    def _down(self, x: Tensor, A_RI: Tensor | None = None) -> Tensor:
+        A_RI = self.A_RI if A_RI is None else A_RI
+        if self.is_embedding:
+            return F.embedding(x, A_RI.T)
+        return F.linear(x.to(A_RI.dtype), A_RI)
+
+    def _scaled_like_base(self, delta: Tensor) -> Tensor:
+        """Gemma-3-like embeddings multiply their output; what experts add there is multiplied alike."""
+        scale = getattr(self.base, "embed_scale", None) if self.is_embedding else None
+        return delta if scale is None else delta * scale
+
+    def _without_bias(self, y: Tensor) -> Tensor:
+        bias = getattr(self.base, "bias", None)
+        return y if bias is None else y - bias
+
+    def _aligned(self, scalings: Tensor, y: Tensor) -> Tensor:
+        """Scalings with the leading axes of `y`; some models flatten [B, T] to [B*T] before their MLP."""
+        if scalings.shape[:-1] == y.shape[:-1]:
+            return scalings
+        if y.ndim == 2 and scalings.ndim == 3 and y.shape[0] == scalings.shape[0] * scalings.shape[1]:
+            return scalings.flatten(0, 1)
+        raise ScalingsShapeError(
+            f"site {self.name}: scalings for {tuple(scalings.shape[:-1])} tokens, but the module was given "
+            f"{tuple(y.shape[:-1])}; modules that see a rearranged part of the tokens cannot be mixed per token"
+        )
+
+    # --- parts ---
+
+    @property
+    def is_embedding(self) -> bool:
+        return isinstance(self.base, nn.Embedding)
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.ranks)
+
+    def experts(self) -> list[LowRank | None]:
+        """Each expert's own factors here (views), or None where it lacks this site."""
+        out: list[LowRank | None] = []
+        for n, (start, stop) in enumerate(self._rank_spans()):
+            if start == stop:
+                out.append(None)
+                continue
+            bias = self.bias_NO[n] if self.bias_NO is not None else None
+            magnitude = self.magnitude_NO[n] if self.magnitude_NO is not None and self.magnitude_NO[n].any() else None
+            A, B = self.A_RI[start:stop], self.B_OR[:, start:stop]
+            out.append(LowRank(A, B, self.scales[n], bias, magnitude, self.is_embedding))
+        return out
+
+    def _rank_spans(self) -> list[tuple[int, int]]:
+        stops = torch.tensor(self.ranks).cumsum(0).tolist()
+        return list(zip([0, *stops[:-1]], stops, strict=True))
+
+
+class Mixture:
+    """All sites of one base model, and the router that they ask.
+
+    Args:
+        base: any model; its modules are replaced in place by sites until `remove`.
+        experts: by name, in the order of the N axis, with module paths as in the base.
+        trainable: the experts' factors become parameters.
+        dtype: of the factors; by default that of the base.
+
+    Raises:
+        BaseMismatchError, ConvolutionError, NoMatchingSiteError: an expert does not fit the base.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        experts: Mapping[str, Expert],
+        *,
+        trainable: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.base = base
+        self.expert_names = tuple(experts)
+        self.global_weight = 1.0
+        self.router: Router | None = None
+        self._record: dict[int, Tensor] | None = None
+        self.sites: list[Site] = []
+        self._install(experts, trainable, dtype or _float_dtype(base))
+
+    def _install(self, experts: Mapping[str, Expert], trainable: bool, dtype: torch.dtype) -> None:
+        adapted = {name for expert in experts.values() for name in expert.modules}
+        # The order in which the base registers its modules, not that of execution: it numbers the scalings' S axis.
+        homes = [(name, module) for name, module in self.base.named_modules() if name in adapted]
+        for name, module in homes:
+            for label, expert in experts.items():
+                if name in expert.modules:
+                    _check_fit(module, name, expert.modules[name], f"expert {label!r} ({expert.source})")
+        if not homes:
+            raise NoMatchingSiteError(f"no module of the base is adapted by any of the experts {names(experts)}")
+        for index, (name, module) in enumerate(homes):
+            here = [expert.modules.get(name) for expert in experts.values()]
+            site = Site(module, name, index, here, self, dtype=dtype, trainable=trainable)
+            self._put(name, site)
+            self.sites.append(site)
+
+    def remove(self) -> None:
+        """Puts the base's own modules back, the very objects that were there."""
+        for site in self.sites:
+            self._put(site.name, site.base)
+        self.sites = []
+
+    def put_back(self, sites: Sequence[Site]) -> None:
+        """Undoes `remove`."""
+        self.sites = list(sites)
+        for site in self.sites:
+            self._put(site.name, site)
+
+    def _put(self, name: str, module: nn.Module) -> None:
+        parent, _, child = name.rpartition(".")
+        setattr(self.base.get_submodule(parent), child, module)
+
+    # --- while a forward runs ---
+
+    def scalings(self, site: Site, x: Tensor) -> Tensor | None:
+        if self.router is None:
+            return None
+        scalings = self.router.scalings(site, x)
+        if scalings is None:
+            return None
+        if scalings.shape[-1] != len(self.expert_names):
+            raise ScalingsShapeError(
+                f"site {site.name}: {scalings.shape[-1]} scalings per token for {len(self.expert_names)} experts"
+            )
+        if self._record is not None:
+            self._record[site.index] = scalings.detach()
+        return scalings if self.global_weight == 1.0 else scalings * self.global_weight
+
+    @contextmanager
+    def routed_by(self, router: Router | None) -> Iterator[None]:
+        """The sites ask `router` inside the block, and afterwards whom they asked before."""
+        before = self.router
+        self.router = router
+        try:
+            yield
+        finally:
+            self.router = before
+
+    @contextmanager
+    def recording(self) -> Iterator[dict[int, Tensor]]:
+        """Collects by site index what the router answers inside the block, detached."""
+        before = self._record
+        self._record = record = {}
+        try:
+            yield record
+        finally:
+            self._record = before
+
+    def experts_of_sites(self) -> list[dict[str, LowRank]]:
+        """For every expert, its factors by site name."""
+        out: list[dict[str, LowRank]] = [{} for _ in self.expert_names]
+        for site in self.sites:
+            for n, low in enumerate(site.experts()):
+                if low is not None:
+                    out[n][site.name] = low
+        return out
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight [O, I] of a linear or embedding module in float32 (float64 stays), whatever it is stored as."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, nn.Embedding):
+        return _at_least_float32(module.weight.detach()).T
+    if type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.ndim == 2:
+        weight = weight.detach()
+        return _at_least_float32(weight.T if _features(module)[0] == weight.shape[0] and _is_conv1d(module) else weight)
+    # A quantised weight says what it is by what it does: feed it the unit vectors.
+    in_features, _ = _features(module)
+    device = next((t.device for t in [*module.parameters(), *module.buffers()]), torch.device("cpu"))
+    with torch.no_grad():
+        unit = torch.eye(in_features, device=device)
+        out_IO = module(unit).float()
+        bias = getattr(module, "bias", None)
+        return (out_IO if bias is None else out_IO - bias.float()).T
+
+
+def dora_gain(low: LowRank, weight_OI: Tensor) -> Tensor:
+    """m / |W + scale B A|, per output feature [O]; 1 for an expert without DoRA (arXiv 2402.09353, eq. 5)."""
+    if low.magnitude_O is None:
+        return weight_OI.new_ones(weight_OI.shape[0])
+    with torch.no_grad():
+        A, B, m = (t.detach().to(weight_OI) for t in (low.A_RI, low.B_OR, low.magnitude_O))
+        return m / torch.linalg.norm(weight_OI + low.scale * (B @ A), dim=1)
+
+
+def _check_fit(module: nn.Module, name: str, low: LowRank, who: str) -> None:
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        raise ConvolutionError(f"{who}: {name} is a convolution, which has no token axis to mix along")
+    if low.is_embedding != isinstance(module, nn.Embedding):
+        wanted = "an Embedding" if low.is_embedding else "a linear module"
+        raise BaseMismatchError(f"{who}: module {name}: expected {wanted}, found {type(module).__name__}")
+    found = _features(module)
+    wanted_features = (low.A_RI.shape[1], low.B_OR.shape[0])
+    if found != wanted_features:
+        raise BaseMismatchError(
+            f"{who}: made for another base: module {name} maps {wanted_features[0]} to {wanted_features[1]} features "
+            f"in the expert, {found[0]} to {found[1]} in the base"
+        )
+
+
+def _features(module: nn.Module) -> tuple[int, int]:
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    if _is_conv1d(module):
+        return module.nx, module.nf
+    try:
+        return module.in_features, module.out_features
+    except AttributeError:
+        raise BaseMismatchError(
+            f"a {type(module).__name__} is neither linear nor an embedding and cannot carry experts"
+        ) from None
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D (GPT-2): a linear module that keeps its weight as [I, O]."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _float_dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _or_zeros(tensor: Tensor | None, size: int) -> Tensor:
+    return torch.zeros(size) if tensor is None else tensor
