@@ -50,7 +50,8 @@ def pool(hidden_BTD: Tensor, keep_BT: Tensor, decay: float, past: PoolState | No
         decay: weight of the sum so far when a token arrives, 0 < decay <= 1.
     """
     ones_BT1 = torch.ones_like(hidden_BTD[..., :1])
-    summed = torch.cat([hidden_BTD, ones_BT1], dim=-1) * keep_BT[..., None]
+    # filled, not multiplied: some models leave NaN at padding
+    summed = torch.cat([hidden_BTD, ones_BT1], dim=-1).masked_fill(~keep_BT[..., None], 0.0)
     carry = torch.zeros_like(summed[:, :1])
     if past is not None:
         carry = torch.cat([past.sums_BTD, past.counts_BT1], dim=-1)[:, -1:].to(summed)

@@ -79,7 +79,7 @@ class Site(nn.Module):
         self._own("A_RI", torch.cat([e.A_RI for e in here], dim=0).to(**place), trainable)
         self._own("B_OR", torch.cat([e.B_OR for e in here], dim=1).to(**place), trainable)
         # Row n holds the scale of expert n at its own ranks: one product spreads scalings over ranks and scales them.
-        spread = torch.zeros(len(experts), sum(self.ranks))
+        spread = torch.zeros(len(experts), sum(self.ranks), dtype=torch.float64)
         for n, (start, stop) in enumerate(self._rank_spans()):
             spread[n, start:stop] = self.scales[n]
         self.register_buffer("spread_NR", spread.to(**place), persistent=False)

@@ -436,15 +436,20 @@ class XLoraForCausalLM(PreTrainedModel, GenerationMixin):
 
     # --- what transformers asks ---
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        own = type(self.base).prepare_inputs_for_generation
-        if own is not GenerationMixin.prepare_inputs_for_generation:
-            return own(self.base, *args, **kwargs)
-        return super().prepare_inputs_for_generation(*args, **kwargs)
-
-    def create_masks_for_generate(self, *, attention_mask: Any = None, **kwargs: Any) -> Any:
-        """The mask as it came: each pass makes its own from the lengths of its own stack."""
-        return attention_mask
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As the base does it (Phi-3 starts its cache anew where its rotary scaling changes)."""
+        given = {"past_key_values": past_key_values, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        prepared: dict[str, Any] = self.base.prepare_inputs_for_generation(input_ids, **given, **kwargs)
+        # For a static cache transformers makes a 4-D mask here: too early, as each pass has a stack of its own.
+        prepared.pop("attention_mask", None)
+        return prepared if attention_mask is None else prepared | {"attention_mask": attention_mask}
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any
