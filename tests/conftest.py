@@ -7,8 +7,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from tiny import make_experts, tiny_base
 from transformers import PreTrainedModel, logging
+
+from tiny import make_experts, tiny_base
 
 
 @pytest.fixture(autouse=True)

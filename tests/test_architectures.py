@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, make_expert, prompt, tiny_base
 from transformers import PreTrainedModel, TextIteratorStreamer
 
+from tiny import ARCHITECTURES, make_expert, prompt, tiny_base
 from xloom import XLoraForCausalLM, routers
 from xloom.architecture import VERIFIED
 

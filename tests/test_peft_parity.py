@@ -7,8 +7,8 @@ import pytest
 import torch
 from peft import XLoraConfig as PeftXLoraConfig
 from peft import get_peft_model
-from tiny import make_expert, prompt, tiny_base
 
+from tiny import make_expert, prompt, tiny_base
 from xloom import XLoraForCausalLM
 
 OPTIONS = {

@@ -24,6 +24,7 @@ from xloom.errors import (
     names,
 )
 from xloom.experts import Expert
+from xloom.suite.base_model import resolve_base
 
 # Options of from_experts and from_pretrained that go to the loading of the base.
 BASE_OPTIONS = frozenset({
@@ -51,7 +52,7 @@ class _Made(Protocol):
 
 
 def load_base(base: str | Path | PreTrainedModel, options: Mapping[str, Any]) -> tuple[PreTrainedModel, str | None]:
-    """The base model, and where it came from (an absolute path, a hub id, or None).
+    """The base model, and where it came from: an absolute path, a hub id, the name of the built-in base, or None.
 
     Raises:
         NotFoundError: no such folder or repository.
@@ -64,7 +65,7 @@ def load_base(base: str | Path | PreTrainedModel, options: Mapping[str, Any]) ->
     else:
         where = str(base)
         try:
-            model = AutoModelForCausalLM.from_pretrained(where, **options)
+            model = AutoModelForCausalLM.from_pretrained(resolve_base(where), **options)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             if isinstance(error, OSError) and not Path(where).is_dir():
@@ -116,9 +117,9 @@ def fit_experts(
         below = [m for m in expert.modules if _is_below(m, path, gate_at_layer, model)]
         if below and not drop:
             raise ConfigError(
-                f"expert {label!r} adapts {len(below)} modules below gate_at_layer={gate_at_layer} ({names(below, 2)}), "
-                "where its scalings are not known yet; train it with layers_to_transform from there on, or pass "
-                "drop_sites_below_gate=True"
+                f"expert {label!r} adapts {len(below)} modules below gate_at_layer={gate_at_layer} "
+                f"({names(below, 2)}), where its scalings are not known yet; "
+                "train it with layers_to_transform from there on, or pass drop_sites_below_gate=True"
             )
         kept = {m: low for m, low in expert.modules.items() if m not in below}
         if not kept:

@@ -74,8 +74,8 @@ def _check_stacks(first: CacheLayerMixin, second: CacheLayerMixin, two_passes: b
         return  # a static cache keeps its length on the device; reading it would stall every step
     if lengths[1] != (lengths[0] if two_passes else 0):
         raise CacheError(
-            f"the cache holds {lengths[0]} tokens of the scaling pass and {lengths[1]} of the mixed pass: it was filled "
-            "under another router; start a new cache when the router changes"
+            f"the cache holds {lengths[0]} tokens of the scaling pass and {lengths[1]} of the mixed pass: it was "
+            "filled under another router; start a new cache when the router changes"
         )
 
 

@@ -47,7 +47,7 @@ class HeadInput:
     def decay(self) -> float:
         """Weight of the sum so far when one more token arrives; 1 for the running mean."""
         assert self.half_life is not None
-        return 2.0 ** (-1.0 / self.half_life)
+        return math.pow(2.0, -1.0 / self.half_life)
 
 
 def parse_head_input(value: str | Sequence[str]) -> tuple[HeadInput, ...]:
@@ -227,7 +227,7 @@ class XLoraConfig(PreTrainedConfig):
             raise ConfigError("enable_softmax_topk needs top_k_lora: there are no top-k weights to normalise")
         if self.null_expert and not (self.enable_softmax or self.enable_softmax_topk):
             raise ConfigError("null_expert needs a softmax to be a column of: set enable_softmax=True")
-        columns = len(self.experts or []) + self.null_expert
+        columns = len(self.experts or []) + int(self.null_expert)
         if self.experts and self.top_k_lora is not None and self.top_k_lora > columns:
             raise ConfigError(f"top_k_lora={self.top_k_lora} is more than the {columns} experts there are to keep")
         if self.gate_at_layer is not None:
@@ -268,13 +268,14 @@ def layer_types(text_config: PreTrainedConfig) -> list[str]:
         UnsupportedArchitectureError: a layer keeps something that two stacks cannot share a cache for.
     """
     count = text_config.num_hidden_layers
-    types = getattr(text_config, "layer_types", None)
+    types: list[str] | None = getattr(text_config, "layer_types", None)
     if types is None:
         sliding = getattr(text_config, "sliding_window", None) is not None
         chunked = getattr(text_config, "attention_chunk_size", None) is not None
         types = ["sliding_attention" if sliding else "chunked_attention" if chunked else "full_attention"] * count
     odd = sorted(set(types) - set(CACHEABLE_LAYER_TYPES))
-    if odd or getattr(text_config, "num_kv_shared_layers", 0) or getattr(text_config, "kv_sharing_modes", None):
+    shared = any(getattr(text_config, field, None) for field in ("num_kv_shared_layers", "kv_sharing_modes"))
+    if odd or shared:
         raise UnsupportedArchitectureError(
             f"{text_config.model_type}: xloom keeps keys and values of {names(CACHEABLE_LAYER_TYPES)} layers, "
             f"found {names(odd) if odd else 'layers that share their keys and values'}"

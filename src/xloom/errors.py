@@ -145,6 +145,15 @@ class PromptError(XLoomError):
     """A prompt cannot be used: empty, longer than the model's window, or a chat without a chat template."""
 
 
+# training
+
+
+class DivergedError(XLoomError):
+    """A loss or a trained weight is no longer finite."""
+
+    exit_code = 1
+
+
 # helpers
 
 

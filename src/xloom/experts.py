@@ -106,7 +106,7 @@ class Expert:
             pickles = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
             if pickles:
                 raise PickleError(
-                    f"{folder}: weights are a pickle ({names(pickles)}), which can run code; save them as {WEIGHTS_FILE}"
+                    f"{folder}: weights are a pickle ({names(pickles)}), which can run code; expected {WEIGHTS_FILE}"
                 )
         return cls.from_tensors(config, read_tensors(folder / WEIGHTS_FILE), source=str(folder / WEIGHTS_FILE))
 

@@ -7,6 +7,7 @@ Letters: B batch  T tokens  D hidden size  F features of the head  S sites  N ex
 null expert)
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -56,7 +57,7 @@ def pool(hidden_BTD: Tensor, keep_BT: Tensor, decay: float, past: PoolState | No
     if past is not None:
         carry = torch.cat([past.sums_BTD, past.counts_BT1], dim=-1)[:, -1:].to(summed)
     chunks = []
-    for chunk, keep in zip(summed.split(_CHUNK, dim=1), keep_BT.split(_CHUNK, dim=1), strict=True):
+    for chunk, keep in zip(torch.split(summed, _CHUNK, dim=1), torch.split(keep_BT, _CHUNK, dim=1), strict=True):
         if decay == 1.0:
             state = chunk.cumsum(dim=1) + carry
         else:
@@ -87,13 +88,11 @@ class ScalingHead(nn.Module):
         super().__init__()
         self.inputs: tuple[HeadInput, ...] = config.head_inputs
         self.num_sites = len(config.sites or [])
-        self.num_columns = len(config.experts or []) + config.null_expert
+        self.num_columns = len(config.experts or []) + int(config.null_expert)
         self.layerwise = config.layerwise_scalings
         outputs = self.num_columns * (self.num_sites if self.layerwise else 1)
         widths = [hidden_size * len(self.inputs), *[config.xlora_size] * (config.xlora_depth - 1), outputs]
-        self.layers = nn.ModuleList(
-            nn.Linear(i, o, bias=config.use_bias, dtype=dtype) for i, o in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.layers = nn.ModuleList(nn.Linear(i, o, bias=config.use_bias, dtype=dtype) for i, o in pairwise(widths))
         self.between = (
             nn.Sequential(nn.ReLU(), nn.Dropout(config.xlora_dropout_p))
             if config.enable_relu_and_dropout
@@ -149,12 +148,12 @@ class ScalingHead(nn.Module):
 
     def forward(self, features_BTF: Tensor) -> Tensor:
         """Logits [B, T, S, C]; without layerwise scalings every site sees the same ones."""
-        x = features_BTF.to(self.dtype)
+        x: Tensor = features_BTF.to(self.dtype)
         for layer in self.linears[:-1]:
             x = self.between(layer(x))
-        logits = self.linears[-1](x)
+        logits: Tensor = self.linears[-1](x)
         if self.layerwise:
-            return logits.unflatten(-1, (self.num_sites, self.num_columns))
+            return logits.reshape(*logits.shape[:-1], self.num_sites, self.num_columns)
         return logits.unsqueeze(2).expand(-1, -1, self.num_sites, -1)
 
 

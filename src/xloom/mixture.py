@@ -127,11 +127,7 @@ class Site(nn.Module):
         """What all experts together add to the base's output `y` for input `x`."""
         scalings = self._aligned(scalings, y).to(self.A_RI)
         h = self._down(x) * (scalings @ self.spread_NR)
-        if self.dora_NO is None:
-            delta = F.linear(h, self.B_OR)
-        else:
-            delta = F.linear(h, self.B_dora_OR)
-        delta = self._scaled_like_base(delta)
+        delta = self._scaled_like_base(F.linear(h, self.B_OR if self.dora_NO is None else self.B_dora_OR))
         if self.dora_NO is not None:
             delta = delta + (scalings @ self.dora_NO) * self._without_bias(y).to(delta.dtype)
         if self.bias_NO is not None:
@@ -299,7 +295,8 @@ class Mixture:
     def recording(self) -> Iterator[dict[int, Tensor]]:
         """Collects by site index what the router answers inside the block, detached."""
         before = self._record
-        self._record = record = {}
+        record: dict[int, Tensor] = {}
+        self._record = record
         try:
             yield record
         finally:
@@ -317,19 +314,17 @@ class Mixture:
 
 def dense_weight(module: nn.Module) -> Tensor:
     """The weight [O, I] of a linear or embedding module in float32 (float64 stays), whatever it is stored as."""
-    weight = getattr(module, "weight", None)
-    if isinstance(module, nn.Embedding):
-        return _at_least_float32(module.weight.detach()).T
+    weight: Any = getattr(module, "weight", None)
     if type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.ndim == 2:
-        weight = weight.detach()
-        return _at_least_float32(weight.T if _features(module)[0] == weight.shape[0] and _is_conv1d(module) else weight)
+        plain = _at_least_float32(weight.detach())
+        return plain.T if isinstance(module, nn.Embedding) or _is_conv1d(module) else plain
     # A quantised weight says what it is by what it does: feed it the unit vectors.
     in_features, _ = _features(module)
     device = next((t.device for t in [*module.parameters(), *module.buffers()]), torch.device("cpu"))
     with torch.no_grad():
         unit = torch.eye(in_features, device=device)
-        out_IO = module(unit).float()
-        bias = getattr(module, "bias", None)
+        out_IO: Tensor = module(unit).float()
+        bias: Tensor | None = getattr(module, "bias", None)
         return (out_IO if bias is None else out_IO - bias.float()).T
 
 
@@ -339,7 +334,8 @@ def dora_gain(low: LowRank, weight_OI: Tensor) -> Tensor:
         return weight_OI.new_ones(weight_OI.shape[0])
     with torch.no_grad():
         A, B, m = (t.detach().to(weight_OI) for t in (low.A_RI, low.B_OR, low.magnitude_O))
-        return m / torch.linalg.norm(weight_OI + low.scale * (B @ A), dim=1)
+        gain: Tensor = m / torch.linalg.norm(weight_OI + low.scale * (B @ A), dim=1)
+        return gain
 
 
 def _check_fit(module: nn.Module, name: str, low: LowRank, who: str) -> None:
@@ -357,7 +353,8 @@ def _check_fit(module: nn.Module, name: str, low: LowRank, who: str) -> None:
         )
 
 
-def _features(module: nn.Module) -> tuple[int, int]:
+def _features(module: Any) -> tuple[int, int]:
+    """In- and out-features of a module that can carry experts."""
     if isinstance(module, nn.Embedding):
         return module.num_embeddings, module.embedding_dim
     if _is_conv1d(module):

@@ -25,7 +25,7 @@ from xloom.cache import CacheViews, new_cache, views
 from xloom.config import XLoraConfig, check_expert_names, check_field_names
 from xloom.errors import ConfigError, names
 from xloom.experts import Expert
-from xloom.gating import ScalingHead, scaling_pass_scalings
+from xloom.gating import PoolState, ScalingHead, scaling_pass_scalings
 from xloom.mixture import Mixture, Router
 from xloom.routers import Fixed, HiddenStateRouter, Precomputed, XLora
 from xloom.trace import ScalingsLog
@@ -71,8 +71,8 @@ class XLoraForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: XLoraConfig, base: PreTrainedModel | None = None, experts: Any = None) -> None:
         if base is None or experts is None:
             raise ConfigError(
-                "an X-LoRA model is made of a base and its experts: use XLoraForCausalLM.from_experts(base, experts) or "
-                "XLoraForCausalLM.from_pretrained(path)"
+                "an X-LoRA model is made of a base and its experts: use XLoraForCausalLM.from_experts(base, experts) "
+                "or XLoraForCausalLM.from_pretrained(path)"
             )
         super().__init__(config)
         self.base = base
@@ -146,7 +146,7 @@ class XLoraForCausalLM(PreTrainedModel, GenerationMixin):
         return made
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
@@ -188,7 +188,7 @@ class XLoraForCausalLM(PreTrainedModel, GenerationMixin):
         architecture.check(made)
         return made
 
-    def save_pretrained(  # type: ignore[override]
+    def save_pretrained(
         self,
         save_directory: str | Path,
         *,
@@ -266,19 +266,19 @@ class XLoraForCausalLM(PreTrainedModel, GenerationMixin):
         """Names of the adapted modules, in the order of the scalings' third axis."""
         return tuple(self.config.sites or ())
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> Any:
         return self.base.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         raise ConfigError("the base is frozen: change its embeddings before from_experts")
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self) -> Any:
         return self.base.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         raise ConfigError("the base is frozen: change its embeddings before from_experts")
 
-    def get_decoder(self, modality: Any = None) -> nn.Module:
+    def get_decoder(self, modality: Any = None) -> Any:
         return self.base.base_model
 
     def init_weights(self) -> None:
@@ -353,7 +353,9 @@ class XLoraForCausalLM(PreTrainedModel, GenerationMixin):
         inputs = {key: value for key, value in inputs.items() if value is not None} | {"use_cache": bool(use_cache)}
         gating = isinstance(self._router, HiddenStateRouter)
         split = views(past_key_values, self.config, two_passes=gating) if past_key_values is not None else None
-        tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        first = input_ids if input_ids is not None else inputs_embeds
+        assert first is not None
+        tokens = (first.shape[0], first.shape[1])
         self.mixture.global_weight = self.config.global_scaling_weight
         decided: list[Precomputed] = []
 
@@ -398,7 +400,7 @@ class XLoraForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _decide(self, hidden_BTD: Tensor, keep_BT: Tensor, split: CacheViews | None) -> Precomputed:
         assert isinstance(self._router, HiddenStateRouter)
-        past = split.past_pools() if split else [None] * len(self.config.pools)
+        past: list[PoolState | None] = split.past_pools() if split else [None] * len(self.config.pools)
         hidden_BTD = hidden_BTD.detach().to(keep_BT.device)
         features_BTF, states = self.head.features(hidden_BTD, keep_BT, past)
         if split:

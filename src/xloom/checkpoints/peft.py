@@ -54,8 +54,8 @@ def read(folder: Path, moved: Mapping[str, str | Path]) -> Saved:
     ours = {theirs: mine for mine, theirs in keys.items()}
     head = {ours.get(key, key): value for key, value in tensors.items() if key.startswith(PREFIX)}
     hint = (
-        f"Written by peft {raw.get('peft_version', 'of unknown version')}: peft >= 0.20 loses the head's layers that are "
-        "numbered like an expert when it saves; save again with peft 0.19.1, or from memory with xloom."
+        f"Written by peft {raw.get('peft_version', 'of unknown version')}: peft >= 0.20 loses the head's layers "
+        "that are numbered like an expert when it saves; save again with peft 0.19.1, or from memory with xloom."
     )
     return Saved(config, head, experts, where=str(folder / WEIGHTS_FILE), head_names=keys, missing_hint=hint)
 
@@ -73,7 +73,7 @@ def write(saved: Saved, folder: Path, *, final: Path) -> None:
     raw: dict[str, Any] = {
         "peft_type": "XLORA", "auto_mapping": None, "task_type": "CAUSAL_LM", "inference_mode": True,
         "base_model_name_or_path": config.base_model_name_or_path, "revision": config.base_revision,
-        "hidden_size": config.base_text_config.hidden_size if config.base_config else saved.head["layers.0.weight"].shape[1],
+        "hidden_size": saved.head["layers.0.weight"].shape[1],
         "adapters": {str(i): f"./experts/{name}" for i, name in enumerate(saved.experts)},
         "xloom": {"experts": list(saved.experts)},
     }  # fmt: skip

@@ -64,7 +64,7 @@ def config_dict(saved: Saved) -> dict[str, Any]:
     config = saved.config
     value = 1.0 / len(saved.experts) if config.scaling_pass_value is None else config.scaling_pass_value
     return {
-        "hidden_size": config.base_text_config.hidden_size,
+        "hidden_size": saved.head["layers.0.weight"].shape[1],
         "base_model_id": config.base_model_name_or_path or "",
         "adapters": list(saved.experts),
         **{key: getattr(config, key) for key in FIELDS},

@@ -1,0 +1,235 @@
+"""`bench_decode` and `bench_prefill`: the systems side by side, in turn, on one machine.
+
+Cheap to import; torch and the models come in when something runs.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xloom.benchmark.tables import Report, Row
+from xloom.benchmark.timing import Spread, Timed, in_turn, load, machine, ratios, spread
+from xloom.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from xloom.benchmark.systems import System
+
+SYSTEMS = ("base", "peft", "xloom", "xloom-early-gate")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+WARM_UP_TOKENS = 4
+PEFT_IS_SLOW_FROM = 64  # new tokens beyond which PEFT's decode is timed once, unless the caller says otherwise
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """Systems that are built and warm, and the form of a report about them."""
+
+    systems: Mapping[str, "System"]
+    report: Report
+    device: str
+    vocab: int
+    progress: Say
+
+    def prompt(self, tokens: int) -> "Tensor":
+        import torch
+
+        generator = torch.Generator().manual_seed(tokens)
+        return torch.randint(0, self.vocab, (1, tokens), generator=generator).to(self.device)
+
+    def wait(self) -> None:
+        import torch
+
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize(self.device)
+
+    def times(self, calls: Mapping[str, Callable[[], "Tensor"]], rounds: Mapping[str, int], what: str) -> Any:
+        tick = lambda name: self.progress(f"{what}: {name}")  # noqa: E731
+        return in_turn(calls, rounds, wait=self.wait, tick=tick)
+
+    def finish(self, rows: Sequence[Row], notes: Sequence[str]) -> Report:
+        about = self.report.machine | {"load_after": load()}
+        return replace(self.report, rows=list(rows), notes=list(notes), machine=about)
+
+
+def bench_decode(
+    base: "str | Path | PreTrainedModel" = "random",
+    *,
+    experts: int = 4,
+    rank: int = 8,
+    prompt_tokens: int = 32,
+    new_tokens: Sequence[int] = (64, 256),
+    rounds: int = 3,
+    systems: Sequence[str] = SYSTEMS,
+    peft_rounds: int | None = None,
+    peft_new_tokens: int | None = None,
+    layers: int | None = None,
+    hidden: int | None = None,
+    vocab: int | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    progress: Say = lambda text: None,
+) -> Report:
+    """Greedy decoding of fixed length at batch 1: each system's `generate` from a random prompt on, prompt included.
+
+    Args:
+        base: path, hub id, name of the built-in base, a loaded model, or "random": SmolLM2-135M's shape, which
+            `layers`, `hidden` and `vocab` change.
+        systems: `base` always runs, as the others are measured against it.
+        peft_rounds: by default `rounds` up to 64 new tokens and one beyond, where PEFT takes minutes.
+        peft_new_tokens: PEFT is left out of longer decodes; tokens are then compared as far as it went.
+        progress: told what is being done.
+
+    Raises:
+        ConfigError: a number below 1, or an unknown system or dtype.
+        XLoomError: the base cannot be loaded or mixed.
+    """
+    _at_least_one(prompt_tokens=[prompt_tokens], new_tokens=new_tokens, rounds=[rounds])
+    _at_least_one(peft_rounds=[peft_rounds or 1], peft_new_tokens=[peft_new_tokens or 1])
+    settings = {"experts": experts, "rank": rank, "rounds": rounds, "dtype": dtype}
+    with _ready("decode", base, systems, settings, (layers, hidden, vocab), device, progress) as bench:
+        ids = bench.prompt(prompt_tokens)
+        for system in bench.systems.values():
+            progress(f"warming up {system.name}")
+            system.decode(ids, min(WARM_UP_TOKENS, *new_tokens))
+        rows: list[Row] = []
+        notes: list[str] = []
+        reference: Tensor | None = None
+        for length in sorted(set(new_tokens)):
+            running = dict(bench.systems)
+            if peft_new_tokens is not None and length > peft_new_tokens and running.pop("peft", None):
+                notes.append(f"peft was not run for {length} new tokens (peft_new_tokens={peft_new_tokens})")
+            turns = dict.fromkeys(running, rounds)
+            if "peft" in running:
+                turns["peft"] = min(rounds, peft_rounds or (rounds if length <= PEFT_IS_SLOW_FROM else 1))
+                if turns["peft"] < rounds:
+                    notes.append(f"peft ran {turns['peft']} of {rounds} rounds for {length} new tokens")
+            calls = {name: partial(system.decode, ids, length) for name, system in running.items()}
+            timed = bench.times(calls, turns, f"{length} new tokens")
+            reference = timed["peft"].result if "peft" in timed else reference
+            rows += _rows(running, timed, reference, prompt_tokens, length, length)
+        return bench.finish(rows, notes)
+
+
+def bench_prefill(
+    base: "str | Path | PreTrainedModel" = "random",
+    *,
+    experts: int = 4,
+    rank: int = 8,
+    prompt_tokens: Sequence[int] = (32, 128, 512),
+    rounds: int = 5,
+    systems: Sequence[str] = SYSTEMS,
+    layers: int | None = None,
+    hidden: int | None = None,
+    vocab: int | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    progress: Say = lambda text: None,
+) -> Report:
+    """One forward over a random prompt up to its next token, at batch 1. Arguments and errors as `bench_decode`."""
+    _at_least_one(prompt_tokens=prompt_tokens, rounds=[rounds])
+    settings = {"experts": experts, "rank": rank, "rounds": rounds, "dtype": dtype}
+    with _ready("prefill", base, systems, settings, (layers, hidden, vocab), device, progress) as bench:
+        rows: list[Row] = []
+        for length in sorted(set(prompt_tokens)):
+            ids = bench.prompt(length)
+            calls = {name: partial(system.prefill, ids) for name, system in bench.systems.items()}
+            progress(f"warming up with {length} tokens")
+            for call in calls.values():
+                call()
+            timed = bench.times(calls, dict.fromkeys(calls, rounds), f"prompt of {length} tokens")
+            reference = timed["peft"].result if "peft" in timed else None
+            rows += _rows(bench.systems, timed, reference, length, 0, length)
+        return bench.finish(rows, [])
+
+
+@contextlib.contextmanager
+def _ready(
+    what: str,
+    base: "str | Path | PreTrainedModel",
+    names: Sequence[str],
+    settings: dict[str, Any],
+    shape: tuple[int | None, int | None, int | None],
+    device: str,
+    progress: Say,
+) -> Iterator[_Bench]:
+    """The systems, built, for as long as the block runs: their experts lie in a temporary folder."""
+    if settings["dtype"] not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, found {settings['dtype']!r}")
+    progress("loading torch and transformers")
+    import torch
+
+    from xloom.benchmark import systems as made
+
+    made.check_names(names)
+    dtype = getattr(torch, settings["dtype"])
+    progress("making the base")
+    if isinstance(base, str) and base == made.RANDOM:
+        layers, hidden, vocab = (given or usual for given, usual in zip(shape, (30, 576, 49_152), strict=True))
+        model = made.random_base(dtype, device, layers=layers, hidden=hidden, vocab=vocab)
+        name = f"random Llama, {layers} layers, hidden {hidden}, vocabulary {vocab}"
+    elif any(given is not None for given in shape):
+        raise ConfigError(f"layers, hidden and vocab shape base='random'; {base} has its own")
+    else:
+        model = made.load_base(base, dtype, device)
+        name = str(base) if isinstance(base, str | Path) else type(base).__name__
+    with tempfile.TemporaryDirectory(prefix="xloom-bench-") as folder:
+        parts = made.make_parts(model, Path(folder), experts=settings["experts"], rank=settings["rank"])
+        built = {}
+        for system in dict.fromkeys(["base", *names]):
+            progress(f"building {system}")
+            built[system] = made.build(system, parts)
+        report = Report(what, machine(device), {"base": name, **settings}, [])
+        yield _Bench(built, report, device, model.config.get_text_config(decoder=True).vocab_size, progress)
+
+
+def _rows(
+    systems: Mapping[str, "System"],
+    timed: Mapping[str, Timed["Tensor"]],
+    reference: "Tensor | None",
+    prompt_tokens: int,
+    new_tokens: int,
+    per: int,
+) -> list[Row]:
+    rows = []
+    for name, times in timed.items():
+        seconds = spread(times.seconds)
+        low, high = seconds.low, seconds.high
+        ratio: Spread = ratios(times.seconds, timed["base"].seconds)
+        row = Row(
+            system=name,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            rounds=len(times.seconds),
+            ms=1e3 * seconds.median,
+            ms_per_token=1e3 * seconds.median / per,
+            ms_per_token_low=1e3 * low / per,
+            ms_per_token_high=1e3 * high / per,
+            ms_per_token_min=1e3 * min(times.seconds) / per,
+            ratio_to_base=ratio.median,
+            ratio_low=ratio.low,
+            ratio_high=ratio.high,
+        )
+        if reference is not None and systems[name].exact and name != "peft":
+            compared = min(reference.shape[1], times.result.shape[1])
+            same = (reference[0, :compared] == times.result[0, :compared]).long()
+            equal = int(same.cumprod(0).sum())
+            row = replace(
+                row, tokens_equal_to_peft=equal == compared, tokens_equal=equal, tokens_compared=compared
+            )
+        rows.append(row)
+    return rows
+
+
+def _at_least_one(**numbers: Sequence[int]) -> None:
+    for name, values in numbers.items():
+        if not values or min(values) < 1:
+            raise ConfigError(f"{name} must be at least 1, found {', '.join(map(str, values)) or 'nothing'}")

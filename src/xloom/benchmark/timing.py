@@ -1,0 +1,122 @@
+"""Wall-clock times of calls that take turns, and what machine they were taken on.
+
+Knows nothing of models: it is handed functions. Imports torch only to describe the machine.
+"""
+
+import gc
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+T = TypeVar("T")
+
+
+class Spread(NamedTuple):
+    """Median and quartiles; all three are the value itself when there is but one."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Timed(Generic[T]):
+    """Seconds of every round that a call took part in, the first rounds first, and what it returned last."""
+
+    seconds: list[float]
+    result: T
+
+
+def spread(values: Sequence[float]) -> Spread:
+    if len(values) == 1:
+        return Spread(values[0], values[0], values[0])
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Spread(median, low, high)
+
+
+def ratios(seconds: Sequence[float], base: Sequence[float]) -> Spread:
+    """Time relative to the base's in the same round, over the rounds that both have."""
+    return spread([mine / theirs for mine, theirs in zip(seconds, base, strict=False)])
+
+
+def in_turn(
+    calls: Mapping[str, Callable[[], T]],
+    rounds: Mapping[str, int],
+    *,
+    wait: Callable[[], None] = lambda: None,
+    tick: Callable[[str], None] = lambda name: None,
+) -> dict[str, Timed[T]]:
+    """Times every call once per round, one after the other, the order turning by one from round to round.
+
+    So a machine that slows down for a while slows all of them. Warming up is the caller's.
+
+    Args:
+        rounds: how many each call takes part in, from the first round on.
+        wait: returns when all work is done (an accelerator runs behind); it is called before the clock is read.
+        tick: told the name of a call before it starts.
+    """
+    order = list(calls)
+    seconds: dict[str, list[float]] = {name: [] for name in order}
+    results: dict[str, T] = {}
+    for turn in range(max(rounds.values())):
+        start = turn % len(order)
+        for name in [*order[start:], *order[:start]]:
+            if turn >= rounds[name]:
+                continue
+            tick(name)
+            gc.collect()  # no call pays for another's garbage
+            wait()
+            began = time.perf_counter()
+            results[name] = calls[name]()
+            wait()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: Timed(seconds[name], results[name]) for name in order}
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Processor, threads, versions and the load average of the last minute, as flat JSON."""
+    import torch
+
+    packages = {name: _version(name) for name in ("xloom", "torch", "transformers", "peft")}
+    accelerator = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
+    return {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": device,
+        "accelerator": accelerator,
+        "python": platform.python_version(),
+        **packages,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "load_before": load(),
+    }
+
+
+def load() -> float | None:
+    """Processes waiting or running, averaged over a minute; None where the system does not say."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (AttributeError, OSError):
+        return None
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,201 @@
+"""The command line. A command parses, calls one library function and prints.
+
+Only typer and rich are imported here; everything heavy is imported inside the command that needs it.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from xloom import __version__
+from xloom.errors import XLoomError
+
+app = typer.Typer(
+    name="xloom",
+    help="Mix the LoRA adapters you have, per token and per layer (X-LoRA).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+bench = typer.Typer(help="Measure speed side by side with the base model and with PEFT.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+ModelArg = Annotated[str, typer.Argument(help="Folder or hub id of an X-LoRA model (xloom, PEFT or xlora format).")]
+BaseOption = Annotated[
+    str | None, typer.Option("--base", help="Base model to use instead of the one that the checkpoint names.")
+]
+RouterOption = Annotated[
+    str,
+    typer.Option(help="xlora, base, uniform, single:NAME, fixed:NAME=WEIGHT,..., or xlora:without=NAME."),
+]
+TokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to write at most.")]
+TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
+TopPOption = Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling, when the temperature is not 0.")]
+SeedOption = Annotated[int, typer.Option(help="Seed for sampling.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the result to this file as well.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"xloom {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None: ...
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where everything is kept; run again to go on from there.")] = Path(
+        "runs/demo"
+    ),
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each expert.")] = 80,
+    head_steps: Annotated[int, typer.Option(min=1, help="Training steps of the head.")] = 50,
+    items: Annotated[int, typer.Option(min=1, help="Held-out items per domain.")] = 60,
+) -> None:
+    """The whole path on the built-in base: three domains, three experts, a head, a table, text."""
+    from xloom.cli.demo import run
+
+    run(folder, expert_steps=steps, head_steps=head_steps, items=items)
+
+
+@app.command("train-expert")
+def train_expert(recipe: Annotated[Path, typer.Argument(help="YAML file, see docs/training.md.")]) -> None:
+    """Train one LoRA expert from a recipe; the result is an ordinary PEFT folder."""
+    from xloom.training.expert import train_expert as train
+    from xloom.training.recipe import load_expert_recipe
+
+    typer.echo(f"expert written to {train(load_expert_recipe(recipe))}")
+
+
+@app.command()
+def train(recipe: Annotated[Path, typer.Argument(help="YAML file, see docs/training.md.")]) -> None:
+    """Train the head that mixes experts (and the experts too, if the recipe says so)."""
+    from xloom.training.head import train_head
+    from xloom.training.recipe import load_head_recipe
+
+    typer.echo(f"model written to {train_head(load_head_recipe(recipe))}")
+
+
+@app.command()
+def generate(
+    model: ModelArg,
+    prompt: Annotated[list[str], typer.Argument(help="One or more prompts; '-' reads one from standard input.")],
+    base: BaseOption = None,
+    router: RouterOption = "xlora",
+    max_new_tokens: TokensOption = 64,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without the chat template.")] = False,
+    json: JsonOption = None,
+) -> None:
+    """Write text, every token coloured by the expert that leads it, and each expert's share."""
+    from xloom.cli.text import Sampling, generate_texts
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    generate_texts(model, prompt, base=base, router=router, sampling=sampling, raw=raw, json_path=json)
+
+
+@app.command()
+def chat(
+    model: ModelArg,
+    base: BaseOption = None,
+    router: RouterOption = "xlora",
+    max_new_tokens: TokensOption = 256,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+) -> None:
+    """Talk with a model; /router NAME, /reset and /quit are commands."""
+    from xloom.cli.text import Sampling, chat_loop
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    chat_loop(model, base=base, router=router, sampling=sampling, system=system)
+
+
+@app.command()
+def inspect(
+    paths: Annotated[list[str], typer.Argument(help="An X-LoRA model, or one or more LoRA adapters.")],
+    base: BaseOption = None,
+    sites: Annotated[bool, typer.Option("--sites", help="List every site.")] = False,
+    json: JsonOption = None,
+) -> None:
+    """Show which experts adapt which sites, their ranks and sizes, and what does not fit."""
+    from xloom.cli.inspect import inspect_paths
+
+    raise typer.Exit(inspect_paths(paths, base=base, list_sites=sites, json_path=json))
+
+
+@app.command()
+def convert(
+    source: ModelArg,
+    target: Annotated[Path, typer.Argument(help="Folder to write.")],
+    format: Annotated[str, typer.Option("--to", help="xloom, peft, xlora or mistralrs.")] = "xloom",
+    base: BaseOption = None,
+    include_base: Annotated[bool, typer.Option("--include-base", help="Put the base into the folder too.")] = False,
+) -> None:
+    """Read a checkpoint of any format and write it in another."""
+    from xloom.cli.convert import convert_checkpoint
+
+    typer.echo(convert_checkpoint(source, target, format, base=base, include_base=include_base))
+
+
+BenchBase = Annotated[str, typer.Option("--base", help="Path, hub id, built-in name, or 'random' (135M parameters).")]
+SystemOption = Annotated[list[str] | None, typer.Option(help="Only these systems; may be given more than once.")]
+ExpertsOption = Annotated[int, typer.Option(min=1, help="Number of experts.")]
+RankOption = Annotated[int, typer.Option(min=1, help="Rank of every expert.")]
+RoundsOption = Annotated[int, typer.Option(min=1, help="Rounds, in each of which every system runs once.")]
+
+
+@bench.command("decode")
+def bench_decode(
+    base: BenchBase = "random",
+    experts: ExpertsOption = 4,
+    rank: RankOption = 8,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    new_tokens: Annotated[list[int], typer.Option(help="May be given more than once.")] = [64, 256],  # noqa: B006
+    rounds: RoundsOption = 3,
+    system: SystemOption = None,
+    json: JsonOption = None,
+) -> None:
+    """Time per new token: base with KV cache, xloom, PEFT X-LoRA; same weights, in turn."""
+    from xloom.cli.bench import decode
+
+    decode(base, experts, rank, prompt_tokens, new_tokens, rounds, system, json)
+
+
+@bench.command("prefill")
+def bench_prefill(
+    base: BenchBase = "random",
+    experts: ExpertsOption = 4,
+    rank: RankOption = 8,
+    prompt_tokens: Annotated[list[int], typer.Option(help="May be given more than once.")] = [32, 128, 512],  # noqa: B006
+    rounds: RoundsOption = 3,
+    system: SystemOption = None,
+    json: JsonOption = None,
+) -> None:
+    """Time to read a prompt: base, xloom, PEFT X-LoRA; same weights, in turn."""
+    from xloom.cli.bench import prefill
+
+    prefill(base, experts, rank, prompt_tokens, rounds, system, json)
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 2 the user's input is wrong, 1 anything else, 130 interrupted."""
+    try:
+        app(standalone_mode=True)
+    except XLoomError as error:
+        typer.secho(f"xloom: {error}", fg="red", err=True)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        typer.secho("xloom: interrupted", fg="yellow", err=True)
+        raise SystemExit(130) from None

@@ -1,0 +1,68 @@
+"""`bench`: runs a measurement, prints the table, writes the JSON file."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from xloom.benchmark.run import SYSTEMS, bench_decode, bench_prefill
+from xloom.benchmark.tables import Report, check_target, write_report
+
+
+def decode(
+    base: str,
+    experts: int,
+    rank: int,
+    prompt_tokens: int,
+    new_tokens: Sequence[int],
+    rounds: int,
+    systems: Sequence[str] | None,
+    json: Path | None,
+) -> None:
+    _run(
+        lambda say: bench_decode(
+            base,
+            experts=experts,
+            rank=rank,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            systems=systems or SYSTEMS,
+            progress=say,
+        ),
+        json,
+    )
+
+
+def prefill(
+    base: str,
+    experts: int,
+    rank: int,
+    prompt_tokens: Sequence[int],
+    rounds: int,
+    systems: Sequence[str] | None,
+    json: Path | None,
+) -> None:
+    _run(
+        lambda say: bench_prefill(
+            base,
+            experts=experts,
+            rank=rank,
+            prompt_tokens=prompt_tokens,
+            rounds=rounds,
+            systems=systems or SYSTEMS,
+            progress=say,
+        ),
+        json,
+    )
+
+
+def _run(measure: Callable[[Callable[[str], None]], Report], json: Path | None) -> None:
+    if json is not None:
+        check_target(json)
+    console = Console()
+    with console.status("starting") as status:
+        report = measure(status.update)
+    console.print(report.table())
+    if json is not None:
+        write_report(report, json)

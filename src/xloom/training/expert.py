@@ -1,0 +1,137 @@
+"""Training one LoRA expert on a frozen base, with PEFT: a recipe becomes an ordinary PEFT LoRA folder.
+
+Knows nothing of mixing: any tool that reads PEFT adapters can use the result.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers.pytorch_utils import Conv1D
+
+from xloom.architecture import check_base
+from xloom.errors import NotFoundError, RecipeError
+from xloom.suite.base_model import resolve_base
+from xloom.training.data import Examples, read_examples
+from xloom.training.loop import CompletionTrainer, train
+from xloom.training.recipe import ExpertRecipe, Lora
+from xloom.training.run import Run, load_tokenizer, pad_id, quiet
+
+
+def train_expert(recipe: ExpertRecipe, *, progress: bool = True) -> Path:
+    """Trains the expert, or goes on with an interrupted run of the same recipe; a finished one is returned at once.
+
+    Args:
+        progress: show a bar and what is being done, on stderr.
+
+    Returns:
+        The folder, with adapter_config.json, adapter_model.safetensors, README.md and training.json.
+
+    Raises:
+        XLoomError: RecipeError, DataError, PromptError, NotFoundError or DivergedError.
+        KeyboardInterrupt: Ctrl-C; the step is finished and a checkpoint written first.
+    """
+    recipe.check()
+    run = Run(recipe, inputs={}, progress=progress)
+    if run.finished():
+        return run.output
+    checkpoint = run.open()
+    with quiet(), run.bar() as callbacks:
+        source = recipe.base_source
+        tokenizer = load_tokenizer(source)
+        rows = read_examples({None: [recipe.path(p) for p in recipe.train]}, tokenizer, recipe.max_length)
+        valid = Examples()
+        if recipe.valid:
+            valid = read_examples({None: [recipe.path(p) for p in recipe.valid]}, tokenizer, recipe.max_length)
+        run.say(f"{run.output.name}: {rows}; validation: {valid}")
+        model = _adapted(_load_base(source, recipe), recipe)
+        trainer = CompletionTrainer(
+            model, run.settings(), rows.items, valid.items, pad_id=pad_id(tokenizer), callbacks=callbacks
+        )
+        train(trainer, checkpoint)
+        results = summary(trainer, rows, valid)
+        return run.publish(lambda folder: _write(model, recipe, results, folder), results)
+
+
+def summary(trainer: CompletionTrainer, rows: Examples, valid: Examples) -> dict[str, Any]:
+    """What a run tells of itself: rows, losses by step, validation at the end."""
+    logs = trainer.state.log_history
+    return {
+        "rows": {"train": vars(rows) | {"items": len(rows.items)}, "valid": vars(valid) | {"items": len(valid.items)}},
+        "steps": trainer.state.global_step,
+        "losses": [[log["step"], log["loss"]] for log in logs if "loss" in log],
+        "validations": [log for log in logs if "eval_loss" in log],
+        "validation": trainer.measure(),
+    }
+
+
+def _load_base(source: str, recipe: ExpertRecipe) -> PreTrainedModel:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(resolve_base(source), dtype=getattr(torch, recipe.dtype))
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise NotFoundError(f"base model {recipe.base}: cannot be loaded ({reason})") from None
+    check_base(model)
+    return model
+
+
+def _adapted(base: PreTrainedModel, recipe: ExpertRecipe) -> PeftModel:
+    set_seed(recipe.seed)
+    lora = recipe.lora
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=_targets(base, lora),
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        layers_to_transform=list(lora.layers_to_transform) if lora.layers_to_transform is not None else None,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        model = get_peft_model(base, config)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"{recipe.where}: lora: expected targets and layers of the base, found: {reason}") from None
+    # The recipe's own word: a path of this machine would mean nothing elsewhere.
+    model.peft_config["default"].base_model_name_or_path = recipe.base
+    return model
+
+
+def _targets(base: PreTrainedModel, lora: Lora) -> str | list[str]:
+    if lora.targets != "all-linear":
+        return list(lora.targets)
+    if lora.layers_to_transform is None:
+        return "all-linear"
+    # PEFT takes layers_to_transform with names only.
+    linear = (nn.Linear, Conv1D)
+    found = {name.rpartition(".")[2] for name, m in base.base_model.named_modules() if isinstance(m, linear)}
+    return sorted(found)
+
+
+def _write(model: PeftModel, recipe: ExpertRecipe, results: dict[str, Any], folder: Path) -> None:
+    model.save_pretrained(folder, save_embedding_layers=False)
+    losses, lora = results["losses"], recipe.lora
+    valid = results["validation"].get("loss")
+    lines = [
+        "---",
+        "library_name: peft",
+        f"base_model: {recipe.base}",
+        "tags: [lora, xloom]",
+        "---",
+        "",
+        f"# {recipe.output_folder.name}",
+        "",
+        "A LoRA expert trained with `xloom train-expert` on completions only.",
+        "",
+        f"- base: `{recipe.base}` ({recipe.dtype})",
+        f"- data: {', '.join(f'`{word}`' for word in recipe.train)}, {results['rows']['train']['items']} rows",
+        f"- adapter: r={lora.r}, alpha={lora.alpha}, targets={lora.targets}",
+        f"- steps: {results['steps']} of {recipe.batch_size * recipe.gradient_accumulation} rows",
+        f"- loss per token at the last step: {losses[-1][1]:.4f}" if losses else "- loss: not logged",
+        f"- validation loss per token: {valid:.4f}" if valid is not None else "- validation: none",
+    ]
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

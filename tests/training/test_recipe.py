@@ -1,0 +1,120 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tiny import make_expert, tiny_base
+from xloom.errors import RecipeError
+from xloom.training.recipe import ExpertRecipe, HeadRecipe, load_expert_recipe, load_head_recipe
+
+EXPERT = {"base": "base", "output": "out", "train": ["up.jsonl"], "max_steps": 5}
+
+
+def expert_file(project: Path, **changes: object) -> Path:
+    path = project / "recipe.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in (EXPERT | changes).items() if v != "-"}, sort_keys=False))
+    return path
+
+
+def head_file(project: Path, **changes: object) -> Path:
+    for name in ("up", "down"):
+        if not (project / "experts" / name).exists():
+            make_expert(tiny_base("llama"), project / "experts" / name, r=2, target_modules=["q_proj"])
+    recipe = {
+        "base": "base",
+        "output": "out",
+        "max_steps": 5,
+        "experts": {"up": "experts/up", "down": "experts/down"},
+        "data": {"up": ["up.jsonl"], "mixed": "down.jsonl"},
+    }
+    path = project / "head.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in (recipe | changes).items() if v != "-"}, sort_keys=False))
+    return path
+
+
+def test_defaults_and_relative_paths(project: Path) -> None:
+    recipe = load_expert_recipe(expert_file(project, train="up.jsonl", learning_rate="2e-3"))
+    assert (recipe.batch_size, recipe.learning_rate, recipe.lora.r, recipe.train) == (16, 2e-3, 8, ("up.jsonl",))
+    assert recipe.output_folder == project / "out"
+    assert recipe.base_source == str(project / "base")
+    head = load_head_recipe(head_file(project))
+    assert (head.learning_rate, head.routing_weight, head.zero_init) == (5e-3, 1.0, True)
+    assert list(head.experts) == ["up", "down"]
+    assert head.data["mixed"] == ("down.jsonl",)
+
+
+def test_from_keywords_paths_start_here(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+    recipe = ExpertRecipe(**EXPERT)
+    recipe.check()
+    assert recipe.path("up.jsonl") == project / "up.jsonl"
+    with pytest.raises(RecipeError, match=r"^unknown key 'learning_rat' \(did you mean 'learning_rate'\?\)$"):
+        ExpertRecipe(**EXPERT, learning_rat=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_step": 3}, "unknown key 'max_step' (did you mean 'max_steps'?)"),
+        ({"lora": {"alfa": 3}}, "unknown key 'lora.alfa' (did you mean 'alpha'?)"),
+        ({"base": "-"}, "base: expected a value, found nothing"),
+        ({"batch_size": 0}, "batch_size: expected greater than or equal to 1, found 0"),
+        ({"batch_size": "many"}, "batch_size: expected a valid integer, found 'many'"),
+        ({"dtype": "float16"}, "dtype: expected 'float32' or 'bfloat16', found 'float16'"),
+        ({"lora": {"targets": "linear"}},
+         "lora.targets: expected 'all-linear' or a list of module names, found 'linear'"),
+        ({"train": "no.jsonl"}, "train: expected a JSONL file, found nothing at {project}/no.jsonl"),
+        ({"base": "./nowhere"},
+         "base: expected a folder, a hub id or the built-in base, "
+         "found nothing at {project}/nowhere"),
+        ({"eval_every": 5}, "eval_every: expected validation files under 'valid', found none"),
+    ],
+)  # fmt: skip
+def test_problems_of_an_expert_recipe(project: Path, changes: dict[str, object], message: str) -> None:
+    path = expert_file(project, **changes)
+    with pytest.raises(RecipeError) as caught:
+        load_expert_recipe(path)
+    assert str(caught.value) == f"{path}: {message.format(project=project)}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head": {"xlora_dept": 2}}, "head: unknown field 'xlora_dept' (did you mean 'xlora_depth'?)"),
+        ({"head": {"xlora_depth": 0}}, "head: xlora_depth must be at least 1, found 0"),
+        ({"head": {"sites": []}}, "head: sites follows from the rest of the recipe: leave it out"),
+        ({"experts": {"up": "experts/gone"}},
+         "experts.up: expected a LoRA folder or a hub id, found nothing at {project}/experts/gone"),
+        ({"valid": {"up": ["no.jsonl"]}}, "valid.up: expected a JSONL file, found nothing at {project}/no.jsonl"),
+        ({"data": {"other": "up.jsonl"}},
+         "routing_weight: expected 0 where no domain has an expert's name "
+         "(experts up, down; domains other), found 1"),
+        ({"head": {"use_trainable_adapters": True}, "dtype": "bfloat16"},
+         "dtype: expected float32 with head.use_trainable_adapters, found bfloat16"),
+    ],
+)  # fmt: skip
+def test_problems_of_a_head_recipe(project: Path, changes: dict[str, object], message: str) -> None:
+    path = head_file(project, **changes)
+    with pytest.raises(RecipeError) as caught:
+        load_head_recipe(path)
+    assert str(caught.value) == f"{path}: {message.format(project=project)}"
+
+
+def test_files_that_are_no_recipes(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    with pytest.raises(RecipeError, match=r"expected a recipe, found No such file or directory$"):
+        load_head_recipe(path)
+    path.write_text("- a\n")
+    with pytest.raises(RecipeError, match=r"expected keys and values, found list$"):
+        load_head_recipe(path)
+    path.write_text("a: [1\n")
+    with pytest.raises(RecipeError) as caught:
+        load_head_recipe(path)
+    assert str(caught.value).startswith(f"{path}: expected YAML, found ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_is_frozen() -> None:
+    recipe = HeadRecipe(base="b", output="o", max_steps=1, experts={"a": "x"}, data={"a": "y"})
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.max_steps = 2
