@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -403,6 +402,3 @@ def test_a_refusal_leaves_the_base_as_it_was(tmp_path, llama):
         XLoraForCausalLM.from_experts(llama, {"good": good, "bad": bad})
     assert {name: type(module) for name, module in llama.named_modules()} == before
 
-
-def test_an_expert_is_data():
-    assert {f.name for f in fields(Expert)} == {"source", "config", "modules"}

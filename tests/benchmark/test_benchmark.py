@@ -147,7 +147,7 @@ def test_a_folder_as_base(tmp_path: Path):
         ({"dtype": "float31"}, "float32, bfloat16"),
         ({"new_tokens": []}, "new_tokens"),
         ({"rounds": 0}, "rounds must be at least 1, found 0"),
-        ({"peft_rounds": -1}, "peft_rounds"),
+        ({"peft_rounds": 0}, "peft_rounds"),
         ({"experts": 0}, "experts=0"),
         ({"layers": 0}, "layers"),
         ({"hidden": 33}, "hidden must be even"),
@@ -156,7 +156,7 @@ def test_a_folder_as_base(tmp_path: Path):
 )
 def test_refusals(wrong: dict, said: str):
     with pytest.raises(ConfigError, match=said):
-        bench_decode(**(TINY | wrong))
+        bench_decode(**({"new_tokens": [2], "rounds": 1} | TINY | wrong))
 
 
 def test_json_and_table(decoded: Report, tmp_path: Path):

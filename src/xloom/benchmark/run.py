@@ -93,7 +93,8 @@ def bench_decode(
         XLoomError: the base cannot be loaded or mixed.
     """
     _at_least_one(prompt_tokens=[prompt_tokens], new_tokens=new_tokens, rounds=[rounds])
-    _at_least_one(peft_rounds=[peft_rounds or 1], peft_new_tokens=[peft_new_tokens or 1])
+    caps = {"peft_rounds": peft_rounds, "peft_new_tokens": peft_new_tokens}
+    _at_least_one(**{name: [cap] for name, cap in caps.items() if cap is not None})
     settings = {"experts": experts, "rank": rank, "rounds": rounds, "dtype": dtype}
     with _ready("decode", base, systems, settings, (layers, hidden, vocab), device, progress) as bench:
         ids = bench.prompt(prompt_tokens)
@@ -105,7 +106,8 @@ def bench_decode(
         reference: Tensor | None = None
         for length in sorted(set(new_tokens)):
             running = dict(bench.systems)
-            if peft_new_tokens is not None and length > peft_new_tokens and running.pop("peft", None):
+            if "peft" in running and peft_new_tokens is not None and length > peft_new_tokens:
+                del running["peft"]
                 notes.append(f"peft was not run for {length} new tokens (peft_new_tokens={peft_new_tokens})")
             turns = dict.fromkeys(running, rounds)
             if "peft" in running:
@@ -173,7 +175,7 @@ def _ready(
     dtype = getattr(torch, settings["dtype"])
     progress("making the base")
     if isinstance(base, str) and base == made.RANDOM:
-        layers, hidden, vocab = (given or usual for given, usual in zip(shape, (30, 576, 49_152), strict=True))
+        layers, hidden, vocab = (u if g is None else g for g, u in zip(shape, (30, 576, 49_152), strict=True))
         model = made.random_base(dtype, device, layers=layers, hidden=hidden, vocab=vocab)
         name = f"random Llama, {layers} layers, hidden {hidden}, vocabulary {vocab}"
     elif any(given is not None for given in shape):
@@ -222,9 +224,7 @@ def _rows(
             compared = min(reference.shape[1], times.result.shape[1])
             same = (reference[0, :compared] == times.result[0, :compared]).long()
             equal = int(same.cumprod(0).sum())
-            row = replace(
-                row, tokens_equal_to_peft=equal == compared, tokens_equal=equal, tokens_compared=compared
-            )
+            row = replace(row, tokens_equal_to_peft=equal == compared, tokens_equal=equal, tokens_compared=compared)
         rows.append(row)
     return rows
 

@@ -66,11 +66,11 @@ def in_turn(
     results: dict[str, T] = {}
     for turn in range(max(rounds.values())):
         start = turn % len(order)
+        gc.collect()  # no round pays for another's garbage
         for name in [*order[start:], *order[:start]]:
             if turn >= rounds[name]:
                 continue
             tick(name)
-            gc.collect()  # no call pays for another's garbage
             wait()
             began = time.perf_counter()
             results[name] = calls[name]()

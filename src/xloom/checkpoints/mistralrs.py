@@ -1,11 +1,11 @@
 """The flat folder and ordering file that mistral.rs 0.6.0 loads an X-LoRA model from. Written, not read.
 
-    xlora_config.json  xlora_classifier.safetensors     as in the xlora format
-    <name>.safetensors  <name>.json                     one pair per expert; names are told apart by substring
+    xlora_config.json  xlora_classifier.safetensors     as in the xlora format, Linears numbered 0, 1, ...
+    <label>.safetensors  <label>.json                    one pair per expert; files are told apart by substring
     ordering.json                                        expert order, and site -> index
 
-mistral.rs reads rank and alpha once per expert and wants the same target modules in all: rsLoRA and alpha patterns are
-rewritten into B, and a site that an expert lacks is filled with zeros.
+mistral.rs wants every expert to adapt every module of the same names, with one rank and one alpha each: what an expert
+lacks is filled with zeros, and the scale (rsLoRA, alpha patterns) goes into B. See docs/mistralrs.md.
 """
 
 import re
@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from xloom.checkpoints import xlora
-from xloom.checkpoints.saved import Saved, our_fields_in_use, refuse
+from xloom.checkpoints.saved import Saved, linear_keys, our_fields_in_use, refuse
 from xloom.experts import PREFIX, Expert, LowRank
 from xloom.files import write_json, write_tensors
 
@@ -23,36 +24,18 @@ ORDERING = "ordering.json"
 
 
 def write(saved: Saved, folder: Path, *, final: Path) -> None:
-    config = saved.config
-    reasons = our_fields_in_use(config)
-    modules = {module: low for e in saved.experts.values() for module, low in e.modules.items()}
-    if any(low.is_embedding for low in modules.values()):
-        reasons.append("Embedding experts")
-    if any("lm_head" in module for module in modules):
-        reasons.append("experts on lm_head")
-    if any(low.magnitude_O is not None for e in saved.experts.values() for low in e.modules.values()):
-        reasons.append("DoRA experts")
-    if any(low.bias_O is not None for e in saved.experts.values() for low in e.modules.values()):
-        reasons.append("lora_bias")
-    if config.enable_softmax_topk:
-        reasons.append("enable_softmax_topk=True")
-    if config.xlora_depth > 1 and config.xlora_size != config.base_text_config.hidden_size:
-        reasons.append(f"xlora_depth={config.xlora_depth} unless xlora_size is the hidden size")
-    if config.xlora_depth > 2 and config.enable_relu_and_dropout:
-        reasons.append(f"xlora_depth={config.xlora_depth} with enable_relu_and_dropout")
-    if any(_rank(e) is None for e in saved.experts.values()):
-        reasons.append("an expert with different ranks at different sites")
-    refuse("mistralrs", reasons)
-
+    refuse("mistralrs", _reasons(saved))
+    shapes = _every_site(saved)
     labels = _labels(list(saved.experts))
+    # mistral.rs applies dropout at inference too
     settings = xlora.config_dict(saved) | {"adapters": labels, "xlora_dropout_p": 0.0}
+    settings["xlora_size"] = settings["hidden_size"]
     write_json(folder / xlora.CONFIG, settings)
-    write_tensors(folder / xlora.HEAD, xlora.head_tensors(saved))
-    targets = sorted({module.rpartition(".")[2] for module in modules})
+    write_tensors(folder / xlora.HEAD, _head(saved, len(shapes)))
+    targets = sorted({site.rpartition(".")[2] for site in shapes})
     for label, expert in zip(labels, saved.experts.values(), strict=True):
-        rank = _rank(expert) or 1
-        write_tensors(folder / f"{label}.safetensors", _tensors(expert, modules, rank))
-        # alpha = r: the scale is in B already
+        rank = max(low.rank for low in expert.modules.values())
+        write_tensors(folder / f"{label}.safetensors", _tensors(expert, shapes, rank))
         write_json(
             folder / f"{label}.json",
             {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "target_modules": targets},
@@ -60,33 +43,71 @@ def write(saved: Saved, folder: Path, *, final: Path) -> None:
     ordering = {
         "base_model_id": settings["base_model_id"],
         "order": labels,
-        "layers": {site: index for index, site in enumerate(config.sites or [])},
+        "layers": {site: index for index, site in enumerate(shapes)},
     }
     write_json(folder / ORDERING, ordering)
 
 
+def _reasons(saved: Saved) -> list[str]:
+    config = saved.config
+    lows = [low for expert in saved.experts.values() for low in expert.modules.values()]
+    hidden = saved.head["layers.0.weight"].shape[1]
+    checks = {
+        "Embedding experts": any(low.is_embedding for low in lows),
+        "experts on lm_head": any("lm_head" in module for e in saved.experts.values() for module in e.modules),
+        "DoRA experts": any(low.magnitude_O is not None for low in lows),
+        "lora_bias": any(low.bias_O is not None for low in lows),
+        "enable_softmax_topk=True": config.enable_softmax_topk,
+        f"xlora_size={config.xlora_size} above the hidden size {hidden}": config.xlora_depth > 1
+        and config.xlora_size > hidden,
+    }
+    return our_fields_in_use(config) + [reason for reason, applies in checks.items() if applies]
+
+
+def _every_site(saved: Saved) -> dict[str, LowRank]:
+    """Our sites in their order, then the modules of the same names in other layers, each with an example's shapes."""
+    lows = {site: low for expert in saved.experts.values() for site, low in expert.modules.items()}
+    sites = {site: lows[site] for site in saved.config.sites or []}
+    for site, low in list(sites.items()):
+        for layer in range(saved.config.base_text_config.num_hidden_layers):
+            sites.setdefault(re.sub(r"\.\d+\.", f".{layer}.", site, count=1), low)
+    return sites
+
+
+def _head(saved: Saved, sites: int) -> dict[str, Tensor]:
+    """The head with its inner width padded to the hidden size, and rows of zeros for sites that nobody adapts."""
+    config, head = saved.config, dict(saved.head)
+    hidden = head["layers.0.weight"].shape[1]
+    *inner, last = linear_keys(config)
+    out = {}
+    for i in [*inner, last]:
+        name = "last" if i == last else f"inner.{i}"
+        weight, bias = head[f"layers.{i}.weight"], head.get(f"layers.{i}.bias")
+        wanted = hidden
+        if i == last:
+            wanted = sites * len(saved.experts) if config.layerwise_scalings else weight.shape[0]
+        out[f"{name}.weight"] = F.pad(weight, (0, hidden - weight.shape[1], 0, wanted - weight.shape[0]))
+        if bias is not None:
+            out[f"{name}.bias"] = F.pad(bias, (0, wanted - bias.shape[0]))
+    return out
+
+
 def _labels(experts: list[str]) -> list[str]:
-    """Names of which none is part of another: files are found by substring."""
+    """Names of which none is part of another file's name."""
     width = len(str(len(experts)))
     plain = [re.sub(r"[^A-Za-z0-9]+", "_", name) for name in experts]
-    clash = any(a != b and a in b for a in plain for b in plain) or len(set(plain)) != len(plain)
-    clash = clash or any(p in f for p in plain for f in ("xlora_config.json", "xlora_classifier.safetensors", ORDERING))
+    taken = (xlora.CONFIG, xlora.HEAD, ORDERING)
+    clash = len(set(plain)) != len(plain) or any(a in b for a in plain for b in [*plain, *taken] if a is not b)
     return [f"expert{i + 1:0{width}d}_{name}" for i, name in enumerate(plain)] if clash else plain
 
 
-def _rank(expert: Expert) -> int | None:
-    ranks = {low.rank for low in expert.modules.values()}
-    return ranks.pop() if len(ranks) == 1 else None
-
-
-def _tensors(expert: Expert, modules: dict[str, LowRank], rank: int) -> dict[str, Tensor]:
+def _tensors(expert: Expert, shapes: dict[str, LowRank], rank: int) -> dict[str, Tensor]:
     out = {}
-    for module, example in modules.items():
-        low = expert.modules.get(module)
-        if low is None:
-            out[f"{PREFIX}{module}.lora_A.weight"] = torch.zeros(rank, example.A_RI.shape[1], dtype=example.A_RI.dtype)
-            out[f"{PREFIX}{module}.lora_B.weight"] = torch.zeros(example.B_OR.shape[0], rank, dtype=example.B_OR.dtype)
-        else:
-            out[f"{PREFIX}{module}.lora_A.weight"] = low.A_RI
-            out[f"{PREFIX}{module}.lora_B.weight"] = low.B_OR * low.scale
+    for site, example in shapes.items():
+        low = expert.modules.get(site)
+        dtype = example.A_RI.dtype
+        A = torch.zeros(0, example.A_RI.shape[1], dtype=dtype) if low is None else low.A_RI
+        B = torch.zeros(example.B_OR.shape[0], 0, dtype=dtype) if low is None else low.B_OR * low.scale
+        out[f"{PREFIX}{site}.lora_A.weight"] = F.pad(A, (0, 0, 0, rank - A.shape[0]))
+        out[f"{PREFIX}{site}.lora_B.weight"] = F.pad(B, (0, rank - B.shape[1]))
     return out

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from xloom.errors import CheckpointError
+from xloom.errors import CheckpointError, DivergedError
 from xloom.files import read_tensors, write_tensors
 from xloom.training.data import IGNORED, Example, collate, plan_batches
 
