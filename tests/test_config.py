@@ -25,7 +25,18 @@ WRONG = {
     "scaling_pass_value": [math.nan, math.inf, "0", False],
     "global_scaling_weight": [math.nan, -math.inf, "1", None, True],
     "gate_at_layer": [-1, 0.5, "1", True],
-    "head_input": ["tokens", [], ["token", "token"], ["token", 3], "ema:0", "ema:-1", "ema:nan", "ema:inf", "ema:x", ""],
+    "head_input": [
+        "tokens",
+        [],
+        ["token", "token"],
+        ["token", 3],
+        "ema:0",
+        "ema:-1",
+        "ema:nan",
+        "ema:inf",
+        "ema:x",
+        "",
+    ],
 } | {flag: [1, 0, "true", None] for flag in FLAGS}
 RIGHT = {
     "xlora_depth": [1, 8],
@@ -147,7 +158,7 @@ def test_known_fields_pass():
 def test_half_lives(tokens):
     (parsed,) = parse_head_input(f"ema:{tokens!r}")
     assert parsed == HeadInput(tokens)
-    assert parsed.decay ** tokens == pytest.approx(0.5)
+    assert parsed.decay**tokens == pytest.approx(0.5)
 
 
 WORDS = st.sampled_from(["token", "running_mean", "ema", "ema:8", "ema:0.5", "ema:1e3"])
@@ -226,7 +237,11 @@ def test_sliding_layers_stay_where_they_are():
 
 @pytest.mark.parametrize(
     "fields",
-    [{"layer_types": ["linear_attention", "full_attention"]}, {"num_kv_shared_layers": 1}, {"layer_types": ["mamba"] * 2}],
+    [
+        {"layer_types": ["linear_attention", "full_attention"]},
+        {"num_kv_shared_layers": 1},
+        {"layer_types": ["mamba"] * 2},
+    ],
 )
 def test_layers_that_keep_something_else(fields):
     config = PreTrainedConfig(num_hidden_layers=2, **fields)
@@ -264,7 +279,9 @@ def test_without_a_base_there_are_no_layers_to_count():
     )
 )
 def test_json_round_trip(fields):
-    config = XLoraConfig(base_config=AutoConfig.for_model("llama", num_hidden_layers=3), experts=["a", "b", "c"], **fields)
+    config = XLoraConfig(
+        base_config=AutoConfig.for_model("llama", num_hidden_layers=3), experts=["a", "b", "c"], **fields
+    )
     again = XLoraConfig(**json.loads(json.dumps(config.to_dict())))
     assert {key: getattr(again, key) for key in fields} == fields
     assert again.to_dict() == config.to_dict()
@@ -287,4 +304,3 @@ def test_the_config_keeps_a_copy_of_the_base_config():
     config = XLoraConfig(base_config=base, experts=["a"])
     config.base_config.num_hidden_layers = 99
     assert base.to_dict() == before
-

@@ -375,7 +375,10 @@ def test_an_embedding_expert_on_a_linear_module(plain, llama):
 def test_an_expert_on_a_convolution():
     model = nn.Sequential()
     model.add_module("conv", nn.Conv1d(4, 4, 1))
-    tensors = {"base_model.model.conv.lora_A.weight": torch.ones(1, 4), "base_model.model.conv.lora_B.weight": torch.ones(4, 1)}
+    tensors = {
+        "base_model.model.conv.lora_A.weight": torch.ones(1, 4),
+        "base_model.model.conv.lora_B.weight": torch.ones(4, 1),
+    }
     expert = Expert.from_tensors({"peft_type": "LORA", "r": 1, "lora_alpha": 1}, tensors, source="here")
     with pytest.raises(ConvolutionError, match="conv"):
         Mixture(model, {"mine": expert})
@@ -384,7 +387,10 @@ def test_an_expert_on_a_convolution():
 def test_an_expert_on_something_else():
     model = nn.Sequential()
     model.add_module("norm", nn.LayerNorm(4))
-    tensors = {"base_model.model.norm.lora_A.weight": torch.ones(1, 4), "base_model.model.norm.lora_B.weight": torch.ones(4, 1)}
+    tensors = {
+        "base_model.model.norm.lora_A.weight": torch.ones(1, 4),
+        "base_model.model.norm.lora_B.weight": torch.ones(4, 1),
+    }
     expert = Expert.from_tensors({"peft_type": "LORA", "r": 1, "lora_alpha": 1}, tensors, source="here")
     with pytest.raises(BaseMismatchError, match="LayerNorm") as caught:
         Mixture(model, {"mine": expert})
@@ -401,4 +407,3 @@ def test_a_refusal_leaves_the_base_as_it_was(tmp_path, llama):
     with pytest.raises(BaseMismatchError):
         XLoraForCausalLM.from_experts(llama, {"good": good, "bad": bad})
     assert {name: type(module) for name, module in llama.named_modules()} == before
-

@@ -211,7 +211,11 @@ def test_no_such_file(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8])
 def test_tensors_round_trip(tmp_path, dtype):
-    tensors = {"a": torch.randn(4, 6).to(dtype), "view": torch.randn(6, 4).to(dtype).T[:2], "scalar": torch.ones((), dtype=dtype)}
+    tensors = {
+        "a": torch.randn(4, 6).to(dtype),
+        "view": torch.randn(6, 4).to(dtype).T[:2],
+        "scalar": torch.ones((), dtype=dtype),
+    }
     write_tensors(tmp_path / "t.safetensors", tensors)
     read = read_tensors(tmp_path / "t.safetensors")
     assert read.keys() == tensors.keys()
@@ -322,4 +326,3 @@ def test_out_of_reach():
     with pytest.raises(NotFoundError, match="within reach") as caught:
         fetch_folder("xloom-tests/there-is-no-such-thing", revision="v9")
     assert "\n" not in str(caught.value)
-

@@ -298,9 +298,7 @@ def test_zero_init_gives_equal_scalings():
     made = head(3, layerwise=True, null_expert=True)
     made.zero_init_()
     config = XLoraConfig(experts=["e0", "e1", "e2"], null_expert=True)
-    torch.testing.assert_close(
-        gate(made(hidden(1, 4, 0)), config), torch.full((1, 4, 2, 3), 0.25, dtype=torch.float64)
-    )
+    torch.testing.assert_close(gate(made(hidden(1, 4, 0)), config), torch.full((1, 4, 2, 3), 0.25, dtype=torch.float64))
 
 
 def test_the_temperature_acts_on_the_first_softmax_only():

@@ -30,7 +30,9 @@ def model(llama, expert_paths) -> XLoraForCausalLM:
 # --- the base alone ---
 
 
-@pytest.mark.parametrize("fields", [{}, {"gate_at_layer": 1, "drop_sites_below_gate": True}, {"head_input": "ema"}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"gate_at_layer": 1, "drop_sites_below_gate": True}, {"head_input": "ema"}], ids=str
+)
 @torch.no_grad()
 def test_base_only_is_the_base(llama, expert_paths, fields):
     model = mixed(llama, expert_paths, **fields)
@@ -43,7 +45,11 @@ def test_base_only_is_the_base(llama, expert_paths, fields):
         assert torch.equal(out.logits, expected.logits)
         assert torch.equal(out.loss, expected.loss)
         assert torch.equal(out.scalings, torch.zeros(2, 7, len(model.sites), 3))
-        for options in ({"do_sample": False}, {"num_beams": 2, "do_sample": False}, {"do_sample": False, "use_cache": False}):
+        for options in (
+            {"do_sample": False},
+            {"num_beams": 2, "do_sample": False},
+            {"do_sample": False, "use_cache": False},
+        ):
             options |= {"attention_mask": mask, "max_new_tokens": 8}
             assert torch.equal(model.generate(ids, **options), llama.generate(ids, **options))
     assert (mixture - expected.logits).abs().max() > 0.1
@@ -313,4 +319,3 @@ def test_an_offloaded_cache(model):
     cache = DynamicCache(config=model.config, offloading=True)
     with pytest.raises(CacheError, match="offloaded"):
         model(prompt(1, 4), past_key_values=cache)
-

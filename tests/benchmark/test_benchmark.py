@@ -13,6 +13,7 @@ from rich.console import Console
 
 from tiny import tiny_base
 from xloom.benchmark import systems
+from xloom.benchmark.parts import Parts, make_parts, random_base
 from xloom.benchmark.run import bench_decode, bench_prefill
 from xloom.benchmark.tables import Report, Row, check_target, write_report
 from xloom.benchmark.timing import in_turn, machine, ratios, spread
@@ -21,17 +22,26 @@ from xloom.errors import ConfigError, NotFoundError
 TINY = {"layers": 3, "hidden": 32, "vocab": 64, "experts": 2, "rank": 3}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Two threads wait for each other on a machine that is busy elsewhere, and tiny tensors need only one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def decoded() -> Report:
     return bench_decode(prompt_tokens=5, new_tokens=(6, 12), rounds=2, peft_rounds=1, **TINY)
 
 
-def parts(base, folder: Path) -> systems.Parts:
-    return systems.make_parts(base, folder, experts=2, rank=3)
+def parts(base, folder: Path) -> Parts:
+    return make_parts(base, folder, experts=2, rank=3)
 
 
-def random_base():
-    return systems.random_base(torch.float32, "cpu", layers=3, hidden=32, vocab=64)
+def tiny_llama():
+    return random_base(torch.float32, "cpu", layers=3, hidden=32, vocab=64)
 
 
 def test_rows_of_decode(decoded: Report):
@@ -71,7 +81,7 @@ def test_same_tokens_as_peft(decoded: Report):
 
 def test_the_comparison_can_fail(tmp_path: Path):
     """The experts change what the base says, and the head's scalings matter: equal tokens are no accident."""
-    made = parts(random_base(), tmp_path)
+    made = parts(tiny_llama(), tmp_path)
     ids = torch.arange(5)[None]
     other = dataclasses.replace(made, head_weight=made.head_weight.flip(0))
     said = {name: systems.build(name, made).decode(ids, 12) for name in ("base", "xloom", "peft")}
@@ -113,7 +123,7 @@ def test_no_end_token_stops_it(tmp_path: Path):
 
 
 def test_systems_share_the_weights_of_the_base_and_leave_it_alone(tmp_path: Path):
-    base = random_base()
+    base = tiny_llama()
     modules = list(base.modules())
     before = {name: value.clone() for name, value in base.state_dict().items()}
     made = parts(base, tmp_path)
@@ -133,7 +143,7 @@ def test_bfloat16_runs():
 
 
 def test_a_folder_as_base(tmp_path: Path):
-    random_base().save_pretrained(tmp_path / "base")
+    tiny_llama().save_pretrained(tmp_path / "base")
     report = bench_decode(str(tmp_path / "base"), prompt_tokens=4, new_tokens=[3], rounds=1, experts=2, systems=[])
     assert report.settings["base"] == str(tmp_path / "base")
     with pytest.raises(NotFoundError):

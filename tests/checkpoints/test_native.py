@@ -107,7 +107,9 @@ def test_round_trip_of_every_field(tmp_path, name):
 def test_round_trip_of_other_bases(tmp_path, kind):
     targets = ["q_proj", "v_proj"] if kind == "qwen3_moe" else "all-linear"
     base = tiny_base(kind)
-    paths = {name: make_expert(base, tmp_path / name, i, r=2 + i, target_modules=targets) for i, name in enumerate("ab")}
+    paths = {
+        name: make_expert(base, tmp_path / name, i, r=2 + i, target_modules=targets) for i, name in enumerate("ab")
+    }
     there_and_back(made(tmp_path, kind=kind, experts=paths), tmp_path)
 
 
@@ -160,7 +162,9 @@ def test_round_trip_in_half_precision(tmp_path, dora):
     """The experts come in float32 and live in the base's bfloat16; what was saved computes the same again."""
     base = tiny_base("llama", torch.bfloat16)
     paths = {
-        name: make_expert(tiny_base("llama"), tmp_path / name, i, r=3, target_modules=["q_proj", "down_proj"], use_dora=dora)
+        name: make_expert(
+            tiny_base("llama"), tmp_path / name, i, r=3, target_modules=["q_proj", "down_proj"], use_dora=dora
+        )
         for i, name in enumerate("ab")
     }
     base.save_pretrained(tmp_path / "base")
@@ -268,7 +272,11 @@ def test_over_an_older_one(tmp_path):
     first = made(tmp_path, xlora_depth=3)
     first.save_pretrained(tmp_path / "one")
     (tmp_path / "one" / "README.md").write_text("mine")
-    second = made(tmp_path, xlora_depth=1, experts={"only": make_expert(tiny_base("llama"), tmp_path / "x", 9, target_modules=["q_proj"])})
+    second = made(
+        tmp_path,
+        xlora_depth=1,
+        experts={"only": make_expert(tiny_base("llama"), tmp_path / "x", 9, target_modules=["q_proj"])},
+    )
     second.save_pretrained(tmp_path / "one")
     assert_same(second, XLoraForCausalLM.from_pretrained(tmp_path / "one"))
     assert (tmp_path / "one" / "README.md").read_text() == "mine"
@@ -286,7 +294,11 @@ def test_over_one_that_carries_another_base(tmp_path):
     assert_same(second, XLoraForCausalLM.from_pretrained(tmp_path / "one"))
 
 
-@pytest.mark.parametrize("formats", [("xlora", "xloom"), ("xloom", "xlora"), ("xlora", "peft"), ("peft", "xloom"), ("xloom", "peft")], ids=str)
+@pytest.mark.parametrize(
+    "formats",
+    [("xlora", "xloom"), ("xloom", "xlora"), ("xlora", "peft"), ("peft", "xloom"), ("xloom", "peft")],
+    ids=str,
+)
 def test_over_one_of_another_format(tmp_path, formats):
     """Two checkpoints in one folder: loading gives the newer, or saving refuses."""
     first = made(tmp_path, xlora_depth=1)
@@ -410,7 +422,7 @@ def test_no_experts(saved, experts):
 
 def test_experts_that_are_no_list(saved):
     edit(saved, experts="chem")
-    with pytest.raises((ConfigError, TruncatedFileError), match="experts"):
+    with pytest.raises((ConfigError, TruncatedFileError), match="experts"):  # not a search for experts c, h, e, m
         XLoraForCausalLM.from_pretrained(saved)
 
 
@@ -422,14 +434,6 @@ def test_sites_in_another_order(saved):
     refused(saved, BaseMismatchError, "model.layers.9.q_proj")
     edit(saved, sites=sites[:-1])
     refused(saved, BaseMismatchError, f"{len(sites) - 1} sites", f"have {len(sites)}", sites[-1])
-
-
-def test_experts_in_another_order_keep_their_columns(saved):
-    """Names, not places: the head's columns belong to the names in the config."""
-    model = XLoraForCausalLM.from_pretrained(saved)
-    shutil.move(saved / "experts" / "chem", saved / "experts" / "tmp")
-    shutil.move(saved / "experts" / "tmp", saved / "experts" / "chem")
-    assert_same(model, XLoraForCausalLM.from_pretrained(saved))
 
 
 def test_a_foreign_folder(tmp_path, llama, expert_paths):
@@ -466,11 +470,7 @@ def test_the_disk_fills(tmp_path, monkeypatch, format, older):
         save_file({k: v.contiguous() for k, v in tensors.items()}, path)
 
     for module in ("native", "saved", "peft", "xlora", "mistralrs"):
-        if hasattr(__import__(f"xloom.checkpoints.{module}", fromlist=["x"]), "write_tensors"):
-            monkeypatch.setattr(f"xloom.checkpoints.{module}.write_tensors", fails_at_the_third)
-    if format == "mistralrs":
-        for site in model.mixture.sites:  # one rank per expert
-            assert site.ranks
+        monkeypatch.setattr(f"xloom.checkpoints.{module}.write_tensors", fails_at_the_third, raising=False)
     with pytest.raises(CheckpointError, match="disk is full") as caught:
         model.save_pretrained(target, format=format)
     assert str(target) in str(caught.value)

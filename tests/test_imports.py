@@ -1,0 +1,126 @@
+"""Imports run downward, in the order of the design; and what must start fast does not load torch."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import xloom
+
+SOURCE = Path(xloom.__file__).parent
+ORDER = (
+    "errors", "files", "config", "gating", "experts", "mixture", "routers", "cache", "checkpoints", "architecture",
+    "trace", "model", "suite", "training", "evaluation", "benchmark", "cli",
+)  # fmt: skip
+SUITE_MAY_IMPORT = {"errors", "files"}
+MAY_IMPORT_SUITE = {"training", "cli"}
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    """The name in `ORDER` that a file belongs to; "" for xloom/__init__.py."""
+    inside = path.relative_to(SOURCE).parts
+    return inside[0].removesuffix(".py") if inside != ("__init__.py",) else ""
+
+
+def imported(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and part of xloom of every import, also inside functions; `if TYPE_CHECKING` blocks left out."""
+    package = ["xloom", *path.relative_to(SOURCE).parts[:-1]]
+    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            waiting.extend(node.orelse)
+            continue
+        waiting.extend(ast.iter_child_nodes(node))
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            home = (
+                [*package[: len(package) - node.level + 1], *filter(None, [node.module])]
+                if node.level
+                else [node.module]
+            )
+            names = [".".join([*home, alias.name]) for alias in node.names]
+        else:
+            continue
+        for name in names:
+            top, *rest = name.split(".")
+            if top == "xloom":
+                yield node.lineno, rest[0] if rest else ""
+
+
+def test_every_module_has_its_place():
+    found = {part_of(path) for path in FILES} - {""}
+    assert found <= set(ORDER), f"not in the order of the design: {sorted(found - set(ORDER))}"
+    assert {"errors", "model", "checkpoints", "mixture"} <= found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_run_downward(path):
+    mine = part_of(path)
+    for line, theirs in imported(path):
+        where = f"{path.relative_to(SOURCE)}:{line}"
+        if mine == "":
+            pytest.fail(f"{where}: xloom/__init__.py imports lazily, by name")
+        if theirs == mine:
+            continue
+        # `from xloom import __version__` is fine; any other name on the package is a module
+        if theirs in {"__version__", ""}:
+            continue
+        assert theirs in ORDER, f"{where}: imports {theirs}, which has no place in the order"
+        assert ORDER.index(theirs) < ORDER.index(mine), f"{where}: {mine} imports {theirs}, which comes after it"
+        if mine == "suite":
+            assert theirs in SUITE_MAY_IMPORT, (
+                f"{where}: suite imports {theirs}; it may import {sorted(SUITE_MAY_IMPORT)}"
+            )
+        if theirs == "suite":
+            assert mine in MAY_IMPORT_SUITE, f"{where}: {mine} imports suite; {sorted(MAY_IMPORT_SUITE)} may"
+
+
+def test_the_reader_of_imports_sees_them(tmp_path, monkeypatch):
+    """A test of the test: forms that an import takes."""
+    package = tmp_path / "checkpoints"
+    package.mkdir()
+    (package / "odd.py").write_text(
+        "from typing import TYPE_CHECKING\nimport xloom.model\nfrom xloom import cache, errors\nfrom ..files import x\n"
+        "from . import saved\nif TYPE_CHECKING:\n    from xloom.cli import y\ndef f():\n    from xloom.trace import z\n"
+    )
+    monkeypatch.setattr(sys.modules[__name__], "SOURCE", tmp_path)
+    found = {part for _, part in imported(package / "odd.py")}
+    assert found == {"model", "cache", "errors", "files", "checkpoints", "trace"}
+
+
+def test_the_public_names_exist():
+    assert set(xloom.__all__) <= set(dir(xloom))
+    assert set(xloom.__all__) == set(xloom._HOMES)
+    for name in xloom.__all__:
+        assert getattr(xloom, name) is not None
+    with pytest.raises(AttributeError, match="nonsense"):
+        xloom.nonsense
+
+
+def heavy_after(statement: str) -> str:
+    code = (
+        f"import sys\n{statement}\nprint(*[m for m in ('torch', 'transformers', 'peft', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=SOURCE.parent, timeout=60
+    )
+    return done.stdout.strip()
+
+
+def test_import_xloom_is_light():
+    assert heavy_after("import xloom, xloom.errors") == ""
+    assert "torch" in heavy_after("import xloom; xloom.ScalingHead"), "a test of the test"
+
+
+def test_import_of_the_command_line_is_light():
+    if not (SOURCE / "cli").exists() and not (SOURCE / "cli.py").exists():
+        pytest.skip("xloom.cli is not written yet")
+    if heavy_after("import xloom.cli; print(hasattr(xloom.cli, 'main'))").splitlines()[0] != "True":
+        pytest.skip("xloom.cli has no main yet")
+    assert heavy_after("import xloom.cli") == ""
