@@ -38,11 +38,13 @@ KINDS = {
     "rank pattern": (
         "llama",
         # in the order of the alphabet: PEFT sorts the file, and the first that matches counts
-        {"r": 4, "target_modules": "all-linear", "rank_pattern": {r".*\.2\..*": 3, "layers.1.mlp.up_proj": 5, "q_proj": 2}},
+        {"r": 4, "target_modules": "all-linear", "rank_pattern": {r".*\.2\..*": 3, "layers.1.mlp.up_proj": 5,
+         "q_proj": 2}},
     ),
     "alpha pattern": (
         "llama",
-        {"r": 4, "target_modules": "all-linear", "alpha_pattern": {r"layers\.0\..*": 3, "q_proj": 7}, "use_rslora": True},
+        {"r": 4, "target_modules": "all-linear", "use_rslora": True,
+         "alpha_pattern": {r"layers\.0\..*": 3, "q_proj": 7}},
     ),
     "anchored patterns": (
         "llama",

@@ -5,9 +5,9 @@ import itertools
 
 import pytest
 import torch
-from tiny import prompt
 from transformers import DynamicCache, PreTrainedModel
 
+from tiny import prompt
 from xloom import XLoraForCausalLM, routers
 from xloom.errors import CacheError, ConfigError, ScalingsShapeError, UnknownExpertError
 
@@ -212,7 +212,7 @@ def test_null_expert_keeps_its_share(llama, expert_paths):
     with model.routing(routers.XLora(only=["chem"])):
         alone = model(prompt(2, 6)).scalings
     assert (alone[..., 1:] == 0).all()
-    assert ((0 < alone[..., 0]) & (alone[..., 0] < 1)).all()
+    assert ((alone[..., 0] > 0) & (alone[..., 0] < 1)).all()
 
 
 @torch.no_grad()
@@ -245,8 +245,12 @@ def test_nested_routing_restores(model):
 
 # --- caches ---
 
-SWITCHES = [(routers.XLora(), routers.BaseOnly()), (routers.BaseOnly(), routers.XLora()), (routers.XLora(), routers.Uniform()),
-            (routers.Single("chem"), routers.XLora())]  # fmt: skip
+SWITCHES = [
+    (routers.XLora(), routers.BaseOnly()),
+    (routers.BaseOnly(), routers.XLora()),
+    (routers.XLora(), routers.Uniform()),
+    (routers.Single("chem"), routers.XLora()),
+]
 
 
 @pytest.mark.parametrize("fields", [{}, {"head_input": ["token", "ema:4"]}], ids=str)
@@ -273,7 +277,7 @@ def test_the_same_kind_of_router_may_go_on(model):
 
 @torch.no_grad()
 def test_a_pool_with_a_gap(llama, expert_paths):
-    """With an early gate there is one stack, and its length says nothing of the pools: they must have seen every token."""
+    """With an early gate there is one stack; its length says nothing of the pools, which must have seen every token."""
     model = mixed(llama, expert_paths, gate_at_layer=1, drop_sites_below_gate=True, head_input="running_mean")
     ids = prompt(1, 8)
     cache = model(ids[:, :3], use_cache=True).past_key_values

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_native import made
-from tiny import make_expert, prompt, tiny_base
 
+from tiny import make_expert, prompt, tiny_base
 from xloom import XLoraForCausalLM
 from xloom.checkpoints.mistralrs import _labels
 from xloom.config import check_expert_names

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import make_expert, make_experts, prompt, tiny_base
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tiny import make_expert, make_experts, prompt, tiny_base
 from xloom import XLoraConfig, XLoraForCausalLM, routers
 from xloom.errors import (
     BaseMismatchError,
@@ -115,7 +115,10 @@ def test_round_trip_of_other_bases(tmp_path, kind):
 
 ADAPTERS = {
     "DoRA": ("llama", [{"target_modules": ["q_proj"], "use_dora": True}, {"target_modules": ["q_proj", "v_proj"]}]),
-    "embeddings": ("llama", [{"target_modules": ["embed_tokens"]}, {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True}]),
+    "embeddings": ("llama", [
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True},
+    ]),
     "lora_bias": ("opt", [{"target_modules": ["q_proj"], "lora_bias": True}, {"target_modules": ["q_proj", "fc1"]}]),
     "rslora and patterns": ("llama", [
         {"target_modules": ["q_proj", "k_proj"], "use_rslora": True, "rank_pattern": {"k_proj": 5}},

@@ -11,9 +11,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_native import assert_same, made, refused
-from tiny import make_expert, prompt, tiny_base
 from torch import nn
 
+from tiny import make_expert, prompt, tiny_base
 from xloom import XLoraForCausalLM
 from xloom.checkpoints import read
 from xloom.errors import (
@@ -156,7 +156,8 @@ def test_keys_and_json(tmp_path, depth):
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"xlora_depth": 2}, {"xlora_depth": 3, "layerwise_scalings": False}, {"xlora_depth": 3, "xlora_dropout_p": 0.0},
+    [{}, {"xlora_depth": 2}, {"xlora_depth": 3, "layerwise_scalings": False},
+     {"xlora_depth": 3, "xlora_dropout_p": 0.0},
      {"top_k_lora": 2, "softmax_temperature": 0.5, "global_scaling_weight": 1.3}],
     ids=str,
 )  # fmt: skip

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_native import assert_same, made, refused
-from tiny import make_expert, prompt, tiny_base
 
+from tiny import make_expert, prompt, tiny_base
 from xloom import XLoraForCausalLM
 from xloom.errors import (
     CheckpointError,
