@@ -69,6 +69,7 @@ class Site(nn.Module):
         self.name = name
         self.index = index
         self.mixture = mixture
+        self.is_embedding = isinstance(base, nn.Embedding)
         self.ranks = [e.rank if e else 0 for e in experts]
         self.scales = [e.scale if e else 0.0 for e in experts]
         here = [e for e in experts if e]
@@ -98,6 +99,7 @@ class Site(nn.Module):
             self.register_buffer("B_dora_OR", self.B_OR * torch.cat(per_rank, dim=1).to(**place), persistent=False)
         self.register_buffer("magnitude_NO", magnitude)
         self.register_buffer("dora_NO", dora, persistent=False)
+        self._is_plain = not self.is_embedding and bias is None and dora is None
 
     def _own(self, name: str, tensor: Tensor | None, trainable: bool) -> None:
         if tensor is not None and trainable:
@@ -125,8 +127,11 @@ class Site(nn.Module):
 
     def delta(self, x: Tensor, scalings: Tensor, y: Tensor) -> Tensor:
         """What all experts together add to the base's output `y` for input `x`."""
-        scalings = self._aligned(scalings, y).to(self.A_RI)
-        h = self._down(x) * (scalings @ self.spread_NR)
+        A_RI = self.A_RI
+        scalings = self._aligned(scalings, y).to(A_RI)
+        if self._is_plain:
+            return F.linear(F.linear(x.to(A_RI.dtype), A_RI) * (scalings @ self.spread_NR), self.B_OR)
+        h = self._down(x, A_RI) * (scalings @ self.spread_NR)
         delta = self._scaled_like_base(F.linear(h, self.B_OR if self.dora_NO is None else self.B_dora_OR))
         if self.dora_NO is not None:
             delta = delta + (scalings @ self.dora_NO) * self._without_bias(y).to(delta.dtype)
@@ -150,8 +155,7 @@ class Site(nn.Module):
             total = total + self._aligned(scalings, y)[..., n, None] * delta
         return total
 
-    def _down(self, x: Tensor, A_RI: Tensor | None = None) -> Tensor:
-        A_RI = self.A_RI if A_RI is None else A_RI
+    def _down(self, x: Tensor, A_RI: Tensor) -> Tensor:
         if self.is_embedding:
             return F.embedding(x, A_RI.T)
         return F.linear(x.to(A_RI.dtype), A_RI)
@@ -177,10 +181,6 @@ class Site(nn.Module):
         )
 
     # --- parts ---
-
-    @property
-    def is_embedding(self) -> bool:
-        return isinstance(self.base, nn.Embedding)
 
     @property
     def num_experts(self) -> int:

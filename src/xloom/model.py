@@ -366,7 +366,8 @@ class XLoraForCausalLM(PreTrainedModel, GenerationMixin):
         router: Router | None = self._router
         if gating:
             router = decide(self._scaling_pass(inputs, split)) if self._gate_layer is None else None
-        with self.mixture.routed_by(router), self._gated(decide if gating else None), self.mixture.recording() as asked:
+        listening = nullcontext({}) if gating else self.mixture.recording()
+        with self.mixture.routed_by(router), self._gated(decide if gating else None), listening as asked:
             out = self.base(
                 **inputs,
                 past_key_values=split.mixed if split else None,

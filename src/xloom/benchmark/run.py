@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xloom.benchmark.tables import Report, Row
-from xloom.benchmark.timing import Spread, Timed, in_turn, load, machine, ratios, spread
+from xloom.benchmark.tables import Report, Row, rows_of
+from xloom.benchmark.timing import Timed, in_turn, load, machine
 from xloom.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from xloom.benchmark.systems import System
 
+RANDOM = "random"
 SYSTEMS = ("base", "peft", "xloom", "xloom-early-gate")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 WARM_UP_TOKENS = 4
@@ -51,9 +52,17 @@ class _Bench:
         if self.device.startswith("cuda"):
             torch.cuda.synchronize(self.device)
 
-    def times(self, calls: Mapping[str, Callable[[], "Tensor"]], rounds: Mapping[str, int], what: str) -> Any:
+    def times(
+        self, calls: Mapping[str, Callable[[], "Tensor"]], rounds: Mapping[str, int], what: str
+    ) -> dict[str, Timed["Tensor"]]:
         tick = lambda name: self.progress(f"{what}: {name}")  # noqa: E731
         return in_turn(calls, rounds, wait=self.wait, tick=tick)
+
+    def rows(
+        self, timed: Mapping[str, Timed["Tensor"]], prompt_tokens: int, new_tokens: int, peft: "Tensor | None"
+    ) -> list[Row]:
+        exact = [name for name, system in self.systems.items() if system.exact and name != "peft"]
+        return rows_of(timed, prompt_tokens=prompt_tokens, new_tokens=new_tokens, reference=peft, exact=exact)
 
     def finish(self, rows: Sequence[Row], notes: Sequence[str]) -> Report:
         about = self.report.machine | {"load_after": load()}
@@ -61,7 +70,7 @@ class _Bench:
 
 
 def bench_decode(
-    base: "str | Path | PreTrainedModel" = "random",
+    base: "str | Path | PreTrainedModel" = RANDOM,
     *,
     experts: int = 4,
     rank: int = 8,
@@ -117,12 +126,12 @@ def bench_decode(
             calls = {name: partial(system.decode, ids, length) for name, system in running.items()}
             timed = bench.times(calls, turns, f"{length} new tokens")
             reference = timed["peft"].result if "peft" in timed else reference
-            rows += _rows(running, timed, reference, prompt_tokens, length, length)
+            rows += bench.rows(timed, prompt_tokens, length, reference)
         return bench.finish(rows, notes)
 
 
 def bench_prefill(
-    base: "str | Path | PreTrainedModel" = "random",
+    base: "str | Path | PreTrainedModel" = RANDOM,
     *,
     experts: int = 4,
     rank: int = 8,
@@ -149,7 +158,7 @@ def bench_prefill(
                 call()
             timed = bench.times(calls, dict.fromkeys(calls, rounds), f"prompt of {length} tokens")
             reference = timed["peft"].result if "peft" in timed else None
-            rows += _rows(bench.systems, timed, reference, length, 0, length)
+            rows += bench.rows(timed, length, 0, reference)
         return bench.finish(rows, [])
 
 
@@ -169,12 +178,13 @@ def _ready(
     progress("loading torch and transformers")
     import torch
 
-    from xloom.benchmark import systems as made
+    from xloom.benchmark import parts as made
+    from xloom.benchmark.systems import build, check_names
 
-    made.check_names(names)
+    check_names(names)
     dtype = getattr(torch, settings["dtype"])
     progress("making the base")
-    if isinstance(base, str) and base == made.RANDOM:
+    if isinstance(base, str) and base == RANDOM:
         layers, hidden, vocab = (u if g is None else g for g, u in zip(shape, (30, 576, 49_152), strict=True))
         model = made.random_base(dtype, device, layers=layers, hidden=hidden, vocab=vocab)
         name = f"random Llama, {layers} layers, hidden {hidden}, vocabulary {vocab}"
@@ -188,45 +198,9 @@ def _ready(
         built = {}
         for system in dict.fromkeys(["base", *names]):
             progress(f"building {system}")
-            built[system] = made.build(system, parts)
+            built[system] = build(system, parts)
         report = Report(what, machine(device), {"base": name, **settings}, [])
         yield _Bench(built, report, device, model.config.get_text_config(decoder=True).vocab_size, progress)
-
-
-def _rows(
-    systems: Mapping[str, "System"],
-    timed: Mapping[str, Timed["Tensor"]],
-    reference: "Tensor | None",
-    prompt_tokens: int,
-    new_tokens: int,
-    per: int,
-) -> list[Row]:
-    rows = []
-    for name, times in timed.items():
-        seconds = spread(times.seconds)
-        low, high = seconds.low, seconds.high
-        ratio: Spread = ratios(times.seconds, timed["base"].seconds)
-        row = Row(
-            system=name,
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            rounds=len(times.seconds),
-            ms=1e3 * seconds.median,
-            ms_per_token=1e3 * seconds.median / per,
-            ms_per_token_low=1e3 * low / per,
-            ms_per_token_high=1e3 * high / per,
-            ms_per_token_min=1e3 * min(times.seconds) / per,
-            ratio_to_base=ratio.median,
-            ratio_low=ratio.low,
-            ratio_high=ratio.high,
-        )
-        if reference is not None and systems[name].exact and name != "peft":
-            compared = min(reference.shape[1], times.result.shape[1])
-            same = (reference[0, :compared] == times.result[0, :compared]).long()
-            equal = int(same.cumprod(0).sum())
-            row = replace(row, tokens_equal_to_peft=equal == compared, tokens_equal=equal, tokens_compared=compared)
-        rows.append(row)
-    return rows
 
 
 def _at_least_one(**numbers: Sequence[int]) -> None:

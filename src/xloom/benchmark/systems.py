@@ -6,32 +6,20 @@
     xloom-early-gate   one pass: the head reads what enters layer L//3, experts act from there on
 
 A system gives tokens for tokens; it knows nothing of clocks or tables. Weights of the base are shared, not copied.
-Letters: B batch  T tokens  D hidden size  S sites  N experts  I in-features  O out-features  R rank
+Letters: B batch  T tokens
 """
 
-import copy
-import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from xloom import architecture
-from xloom.errors import BaseMismatchError, ConfigError, UnsupportedArchitectureError, names
-from xloom.experts import CONFIG_FILE, PREFIX, WEIGHTS_FILE
-from xloom.files import new_folder, write_json, write_tensors
+from xloom.benchmark.parts import Parts
+from xloom.errors import ConfigError, UnsupportedArchitectureError, names
 from xloom.model import XLoraForCausalLM
-from xloom.suite.base_model import resolve_base
-
-RANDOM = "random"
-SEED = 0
-STRENGTH = 0.2  # size of an expert's change to a weight, relative to that weight
-OPINION = 4.0  # the head's weights times this: scalings that differ visibly from token to token
 
 
 @dataclass(frozen=True)
@@ -67,24 +55,6 @@ class System:
         if new.shape[1] != new_tokens:
             raise RuntimeError(f"{self.name} stopped after {new.shape[1]} of {new_tokens} tokens")
         return new
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What every system is made of. The head is one Linear, with a row per site and expert (as PEFT lays it out)."""
-
-    base: PreTrainedModel
-    expert_folders: Mapping[str, str]
-    head_weight: Tensor
-    head_bias: Tensor
-
-    def own_base(self) -> PreTrainedModel:
-        """A base to put modules into, with the very tensors of `base`, and nothing that stops generation early."""
-        kept: dict[int, Any] = {id(t): t for t in [*self.base.parameters(), *self.base.buffers()]}
-        model: PreTrainedModel = copy.deepcopy(self.base, kept)
-        model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0)
-        model.config.eos_token_id = None
-        return model
 
 
 def build(name: str, parts: Parts) -> System:
@@ -154,90 +124,6 @@ BUILDERS: dict[str, Callable[[Parts], System]] = {
     "xloom": _xloom,
     "xloom-early-gate": _early_gate,
 }
-
-
-def make_parts(base: PreTrainedModel, folder: Path, *, experts: int, rank: int) -> Parts:
-    """Random experts on every linear of the decoder, written below `folder` as PEFT does, and a random head."""
-    if experts < 1 or rank < 1:
-        raise ConfigError(f"experts and rank must be at least 1, found experts={experts}, rank={rank}")
-    generator = torch.Generator().manual_seed(SEED)
-    linears = _linears(base)
-    folders = {f"expert{i}": str(folder / str(i)) for i in range(experts)}
-    for path in folders.values():
-        _write_expert(Path(path), linears, rank, generator)
-    width = architecture.hidden_size(base)
-    bound = 1 / math.sqrt(width)
-    weight = OPINION * bound * (2 * torch.rand(len(linears) * experts, width, generator=generator) - 1)
-    bias = bound * (2 * torch.rand(len(linears) * experts, generator=generator) - 1)
-    return Parts(base, folders, weight, bias)
-
-
-def load_base(base: str | Path | PreTrainedModel, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    """A loaded base as it is, or one by path, hub id or the name of the built-in base. Raises XLoomError."""
-    if isinstance(base, PreTrainedModel):
-        architecture.check_base(base)
-        return base.to(device=device, dtype=dtype).eval()
-    model, _ = architecture.load_base(resolve_base(str(base)), {"dtype": dtype})
-    return model.to(device).eval()
-
-
-def random_base(dtype: torch.dtype, device: str, *, layers: int, hidden: int, vocab: int) -> PreTrainedModel:
-    """A Llama with SmolLM2-135M's proportions (30 layers, hidden 576, vocabulary 49152) and random weights."""
-    if min(layers, hidden, vocab) < 1:
-        raise ConfigError(f"layers, hidden and vocab must be at least 1, found {layers}, {hidden} and {vocab}")
-    heads = next((n for n in (9, 8, 4, 2, 1) if hidden % n == 0 and (hidden // n) % 2 == 0), None)
-    if heads is None:
-        raise ConfigError(f"hidden must be even (rotary positions come in pairs), found {hidden}")
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=hidden * 8 // 3,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 3 if heads == 9 else heads // 2),
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
-        tie_word_embeddings=True,
-        initializer_range=1 / math.sqrt(hidden),  # SmolLM2's 0.0417 at 576
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(SEED)
-        model = LlamaForCausalLM(config)
-    return model.to(device=device, dtype=dtype).eval()
-
-
-def _linears(base: PreTrainedModel) -> dict[str, nn.Linear]:
-    output = base.get_output_embeddings()
-    found = {n: m for n, m in base.named_modules() if isinstance(m, nn.Linear) and m is not output}
-    if not found:
-        raise BaseMismatchError(f"{type(base).__name__}: the benchmark puts its experts on nn.Linear, found none")
-    return found
-
-
-def _write_expert(folder: Path, linears: Mapping[str, nn.Linear], rank: int, generator: torch.Generator) -> None:
-    tensors = {}
-    for name, linear in linears.items():
-        weight = linear.weight.detach()
-        outputs, inputs = weight.shape
-        # alpha/r is 2, so the change 2 B A has STRENGTH times the weight's spread
-        spread = STRENGTH / 2 * float(weight.float().std()) * math.sqrt(inputs / rank)
-        A_RI = torch.randn(rank, inputs, generator=generator) / math.sqrt(inputs)
-        B_OR = torch.randn(outputs, rank, generator=generator) * spread
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = A_RI.to(weight.dtype)
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = B_OR.to(weight.dtype)
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": rank,
-        "lora_alpha": 2 * rank,
-        "target_modules": sorted({name.rpartition(".")[2] for name in linears}),
-    }
-    with new_folder(folder) as fresh:
-        write_json(fresh / CONFIG_FILE, config)
-        write_tensors(fresh / WEIGHTS_FILE, tensors)
 
 
 def _set_head(linears: Sequence[nn.Linear], parts: Parts) -> None:

@@ -1,18 +1,23 @@
 """What a benchmark found: rows, the table on the terminal, and the JSON file.
 
-Knows nothing of models or clocks.
+Knows nothing of models or of how times were taken.
 """
 
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from xloom.benchmark.timing import Timed, ratios, spread
 from xloom.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,48 @@ class Report:
                 "" if row.tokens_compared is None else f"{row.tokens_equal}/{row.tokens_compared}",
             )
         return table
+
+
+def rows_of(
+    timed: Mapping[str, Timed["Tensor"]],
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    reference: "Tensor | None",
+    exact: Collection[str],
+) -> list[Row]:
+    """One row per system, from its seconds and the tokens [1, T] it gave.
+
+    Args:
+        timed: by system; "base" among them.
+        new_tokens: 0 for prefill, whose times are per prompt token.
+        reference: PEFT's tokens, as far as it went; the systems named in `exact` must have given the same.
+    """
+    ms = 1e3 / (new_tokens or prompt_tokens)
+    rows = []
+    for name, times in timed.items():
+        seconds, ratio = spread(times.seconds), ratios(times.seconds, timed["base"].seconds)
+        row = Row(
+            system=name,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            rounds=len(times.seconds),
+            ms=1e3 * seconds.median,
+            ms_per_token=ms * seconds.median,
+            ms_per_token_low=ms * seconds.low,
+            ms_per_token_high=ms * seconds.high,
+            ms_per_token_min=ms * min(times.seconds),
+            ratio_to_base=ratio.median,
+            ratio_low=ratio.low,
+            ratio_high=ratio.high,
+        )
+        if reference is not None and name in exact:
+            compared = min(reference.shape[1], times.result.shape[1])
+            same = (reference[0, :compared] == times.result[0, :compared]).long()
+            equal = int(same.cumprod(0).sum())
+            row = replace(row, tokens_equal_to_peft=equal == compared, tokens_equal=equal, tokens_compared=compared)
+        rows.append(row)
+    return rows
 
 
 def check_target(path: Path) -> None:

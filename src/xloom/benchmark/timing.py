@@ -14,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from xloom import __version__
+
 T = TypeVar("T")
 
 
@@ -83,7 +85,7 @@ def machine(device: str) -> dict[str, Any]:
     """Processor, threads, versions and the load average of the last minute, as flat JSON."""
     import torch
 
-    packages = {name: _version(name) for name in ("xloom", "torch", "transformers", "peft")}
+    packages = {name: _version(name) for name in ("torch", "transformers", "peft")}
     accelerator = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
     return {
         "cpu": cpu_name(),
@@ -92,6 +94,7 @@ def machine(device: str) -> dict[str, Any]:
         "device": device,
         "accelerator": accelerator,
         "python": platform.python_version(),
+        "xloom": __version__,
         **packages,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "load_before": load(),
