@@ -7,9 +7,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import PreTrainedModel, logging
 
 from tiny import make_experts, tiny_base
+
+
+# a deadline would make the tests depend on how busy the machine is
+settings.register_profile("xloom", deadline=None)
+settings.load_profile("xloom")
 
 
 @pytest.fixture(autouse=True)

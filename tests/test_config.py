@@ -148,7 +148,9 @@ def test_unknown_fields_are_all_named():
 
 
 def test_known_fields_pass():
-    check_field_names(["xlora_depth", "head_input", "experts", "gate_at_layer"])
+    check_field_names(["xlora_depth", "head_input", "gate_at_layer"])
+    with pytest.raises(ConfigError, match="experts, sites: follows from"):
+        check_field_names(["xlora_depth", "experts", "sites"])
 
 
 # --- head_input ---

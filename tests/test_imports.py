@@ -12,11 +12,11 @@ import xloom
 
 SOURCE = Path(xloom.__file__).parent
 ORDER = (
-    "errors", "files", "config", "gating", "experts", "mixture", "routers", "cache", "checkpoints", "architecture",
-    "trace", "model", "suite", "training", "evaluation", "benchmark", "cli",
+    "errors", "files", "suite", "config", "gating", "experts", "mixture", "routers", "cache", "checkpoints",
+    "architecture", "trace", "model", "training", "evaluation", "benchmark", "cli",
 )  # fmt: skip
 SUITE_MAY_IMPORT = {"errors", "files"}
-MAY_IMPORT_SUITE = {"training", "cli"}
+MAY_IMPORT_SUITE = {"architecture", "benchmark", "training", "cli"}
 FILES = sorted(SOURCE.rglob("*.py"))
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from tiny import make_expert, prompt, tiny_base
 from xloom import XLoraForCausalLM, routers
-from xloom.errors import NoMatchingSiteError, ScalingsShapeError
+from xloom.errors import ConfigError, NoMatchingSiteError, ScalingsShapeError
 from xloom.experts import Expert, LowRank
 from xloom.mixture import Mixture, Router, Site, dense_weight, dora_gain
 
@@ -137,8 +137,7 @@ def test_embedding(dora, scale):
     torch.testing.assert_close(found, site.delta_reference(ids, scalings, y), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("trainable", [False, True])
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize(("trainable", "dora"), [(False, False), (False, True), (True, False)])
 def test_gradients_mean_the_reference(dora, trainable):
     """To the scalings, to the input, and to the factors where they are parameters."""
     base = nn.Linear(4, 3, dtype=F64).requires_grad_(False)
@@ -159,20 +158,21 @@ def test_gradients_mean_the_reference(dora, trainable):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_training_a_dora_expert_moves_the_mixture():
-    """The factors are parameters, so what is derived from them must follow, at every step."""
-    base = nn.Linear(4, 3, dtype=F64).requires_grad_(False)
-    _, site = one_site(base, [low(2, 4, 3, 1, dora=True)], trainable=True)
-    x, scalings = torch.randn(1, 3, 4, dtype=F64), torch.ones(1, 3, 1, dtype=F64)
-    for _ in range(2):
-        site.delta(x, scalings, base(x)).square().sum().backward()
-        with torch.no_grad():
-            for parameter in site.parameters(recurse=False):
-                parameter -= 0.1 * parameter.grad
-                parameter.grad = None
-    with torch.no_grad():
-        expected = site.delta_reference(x, scalings, base(x))
-        torch.testing.assert_close(site.delta(x, scalings, base(x)), expected, rtol=1e-9, atol=1e-9)
+def test_a_dora_expert_cannot_be_trained_in_a_mixture():
+    """Its gain is worked out once, from the factors as they were."""
+    base = nn.Linear(4, 3, dtype=F64)
+    with pytest.raises(ConfigError, match="it: a DoRA expert cannot be trained"):
+        one_site(base, [low(2, 4, 3, 2), low(2, 4, 3, 1, dora=True)], trainable=True)
+
+
+def test_a_refusal_leaves_the_base_as_it_was():
+    """The second of two modules cannot be adapted: the first must not stay behind with a site around it."""
+    model = nn.Sequential(nn.Linear(4, 4, dtype=F64), nn.Linear(4, 4, dtype=F64))
+    before = list(model)
+    expert = Expert("e", {}, {"0": low(2, 4, 4, 1), "1": low(2, 4, 4, 2, dora=True)})
+    with pytest.raises(ConfigError, match="DoRA"):
+        Mixture(model, {"e": expert}, trainable=True)
+    assert all(now is then for now, then in zip(model, before, strict=True))
 
 
 KINDS = {

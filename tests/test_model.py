@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from tiny import make_expert, prompt, tiny_base
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
+from tiny import make_expert, prompt, tiny_base
 from xloom import XLoraForCausalLM, errors, routers
 
 FIELDS = {"layerwise_scalings": True, "xlora_depth": 2, "xlora_size": 16, "xlora_dropout_p": 0.0}
@@ -226,7 +226,9 @@ def test_what_from_experts_refuses(llama, expert_paths, tmp_path):
         make(llama, {"a": "nobody/nothing"})
     with pytest.raises(errors.ConfigError, match="hidden_size=64.*32"):
         make(llama, expert_paths, hidden_size=64)
-    with pytest.raises(errors.ConfigError, match=r"'chem' adapts 4 modules below gate_at_layer=2.*drop_sites_below_gate"):
+    with pytest.raises(
+        errors.ConfigError, match=r"'chem' adapts 4 modules below gate_at_layer=2.*drop_sites_below_gate"
+    ):
         make(llama, expert_paths, gate_at_layer=2)
     with pytest.raises(errors.ConfigError, match="use_cache|dtype"):
         make(llama, expert_paths, dtype=torch.float32)
@@ -249,7 +251,9 @@ def test_bases_that_cannot_be_mixed(expert_paths, llama):
     config = copy.deepcopy(llama.config)
     strange = Home(config)
     strange.config.model_type = "home-made"
-    with pytest.raises(errors.UnsupportedArchitectureError, match=r"home-made: cached and uncached logits differ by \d"):
+    with pytest.raises(
+        errors.UnsupportedArchitectureError, match=r"home-made: cached and uncached logits differ by \d"
+    ):
         XLoraForCausalLM.from_experts(strange, expert_paths)
     mamba = AutoModelForCausalLM.from_config(
         AutoConfig.for_model("mamba", hidden_size=16, num_hidden_layers=1, vocab_size=32, state_size=4)

@@ -52,7 +52,9 @@ EXPERTS = {
 }
 
 
-def pair(kind: str, experts: list[dict], tmp_path, dtype=torch.float32, **options) -> tuple[torch.nn.Module, XLoraForCausalLM]:
+def pair(
+    kind: str, experts: list[dict], tmp_path, dtype=torch.float32, **options
+) -> tuple[torch.nn.Module, XLoraForCausalLM]:
     """PEFT's model and ours, with the same weights."""
     base = tiny_base(kind, dtype, spread=0.15)
     tmp_path = tmp_path / str(dtype)

@@ -56,9 +56,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_base(
-    kind: str, dtype: torch.dtype = torch.float32, spread: float = 0.25, **changes: Any
-) -> PreTrainedModel:
+def tiny_base(kind: str, dtype: torch.dtype = torch.float32, spread: float = 0.25, **changes: Any) -> PreTrainedModel:
     """A random model of an architecture, with weights large enough that greedy text varies."""
     torch.manual_seed(7)
     settings = _SMALL | ARCHITECTURES.get(kind, {}) | changes
@@ -94,7 +92,9 @@ def make_experts(base: PreTrainedModel, folder: Path, **lora: Any) -> dict[str, 
     return {
         "chem": make_expert(base, folder / "chem", 0, r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], **lora),
         "mech": make_expert(base, folder / "mech", 1, r=2, lora_alpha=2, target_modules="all-linear", **lora),
-        "prot": make_expert(base, folder / "prot", 2, r=3, lora_alpha=5, target_modules=["down_proj", "q_proj"], **lora),
+        "prot": make_expert(
+            base, folder / "prot", 2, r=3, lora_alpha=5, target_modules=["down_proj", "q_proj"], **lora
+        ),
     }
 
 

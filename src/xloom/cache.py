@@ -17,6 +17,8 @@ from xloom.config import XLoraConfig
 from xloom.errors import CacheError
 from xloom.gating import PoolState
 
+_WHY = "it was filled under another router; start a new cache when the router changes"
+
 
 @dataclass(frozen=True)
 class CacheViews:
@@ -59,24 +61,27 @@ def views(cache: Cache, config: XLoraConfig, *, two_passes: bool) -> CacheViews:
         raise CacheError("an offloaded cache cannot be split into two stacks; use a dynamic or static one")
     stacks = depth * config.num_stacks
     first, pools = cache.layers[:depth], cache.layers[stacks:]
+    if two_passes:
+        for layer in pools:
+            _check_lengths(first[0], layer, "the pooled head input")
     if any(type(layer) not in (DynamicLayer, StaticLayer) for layer in pools):
         raise CacheError(f"a pooled head input needs a dynamic or static cache, found {type(cache).__name__}")
     if config.num_stacks == 1:
         return CacheViews(Cache(layers=first), Cache(layers=first), pools)
     second = cache.layers[depth:stacks]
-    _check_stacks(first[0], second[0], two_passes)
+    if two_passes:
+        _check_lengths(first[0], second[0], "the second")
+    elif isinstance(count := second[0].get_seq_length(), int) and count:
+        raise CacheError(f"the cache holds {count} tokens of two passes, and this router needs one: {_WHY}")
     return CacheViews(Cache(layers=first), Cache(layers=second if two_passes else first), pools)
 
 
-def _check_stacks(first: CacheLayerMixin, second: CacheLayerMixin, two_passes: bool) -> None:
-    lengths = first.get_seq_length(), second.get_seq_length()
+def _check_lengths(first: CacheLayerMixin, other: CacheLayerMixin, name: str) -> None:
+    lengths = first.get_seq_length(), other.get_seq_length()
     if any(isinstance(length, torch.Tensor) for length in lengths):
         return  # a static cache keeps its length on the device; reading it would stall every step
-    if lengths[1] != (lengths[0] if two_passes else 0):
-        raise CacheError(
-            f"the cache holds {lengths[0]} tokens of the scaling pass and {lengths[1]} of the mixed pass: it was "
-            "filled under another router; start a new cache when the router changes"
-        )
+    if lengths[0] != lengths[1]:
+        raise CacheError(f"the cache holds {lengths[0]} tokens of the first pass and {lengths[1]} of {name}: {_WHY}")
 
 
 def _last_state(layer: CacheLayerMixin) -> PoolState | None:

@@ -21,6 +21,23 @@ CACHEABLE_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attenti
 DEFAULT_HALF_LIFE = 32.0
 _EXPERT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
+_KINDS: dict[str, tuple[type, ...]] = {
+    "experts": (list, tuple, type(None)),
+    "sites": (list, tuple, type(None)),
+    "base_model_name_or_path": (str, type(None)),
+    "base_revision": (str, type(None)),
+    "base_config": (dict, PreTrainedConfig, type(None)),
+}
+_WORDS = {
+    "experts": "a list of names",
+    "sites": "a list of module paths",
+    "base_model_name_or_path": "a path or hub id",
+    "base_revision": "a branch, tag or commit",
+    "base_config": "the base's config",
+}
+# Fields that follow from the base and the experts.
+FILLED_IN = frozenset(_KINDS)
+
 # What transformers itself puts into a config beside the declared fields.
 _TRANSFORMERS_FIELDS = {
     "_attn_implementation", "_commit_hash", "_name_or_path", "attn_implementation", "auto_map",
@@ -56,6 +73,8 @@ def parse_head_input(value: str | Sequence[str]) -> tuple[HeadInput, ...]:
     Raises:
         ConfigError: on any other word, an empty list, a repeated entry or a half-life that is not positive.
     """
+    if not isinstance(value, (str, list, tuple)):
+        raise ConfigError(f"head_input must be a word or a list of words, found {value!r}")
     words = [value] if isinstance(value, str) else list(value)
     inputs = tuple(_parse_one_head_input(word) for word in words)
     if not inputs or len(set(inputs)) != len(inputs):
@@ -68,9 +87,9 @@ def _parse_one_head_input(word: object) -> HeadInput:
         return HeadInput()
     if word == "running_mean":
         return HeadInput(math.inf)
-    kind, _, half_life = str(word).partition(":")
+    kind, colon, half_life = str(word).partition(":")
     try:
-        tokens = float(half_life) if half_life else DEFAULT_HALF_LIFE
+        tokens = float(half_life) if colon else DEFAULT_HALF_LIFE
     except ValueError:
         tokens = math.nan
     if kind != "ema" or not 0 < tokens < math.inf:
@@ -144,6 +163,9 @@ class XLoraConfig(PreTrainedConfig):
         unknown = sorted(set(kwargs) - _TRANSFORMERS_FIELDS)
         if unknown:
             raise ConfigError("; ".join(_unknown_field(name) for name in unknown))
+        for name, kinds in _KINDS.items():
+            if not isinstance(getattr(self, name), kinds):
+                raise ConfigError(f"{name}: expected {_WORDS[name]}, found {getattr(self, name)!r}")
         self.experts = list(self.experts or [])
         self.sites = list(self.sites or [])
         if isinstance(self.base_config, PreTrainedConfig):
@@ -255,7 +277,10 @@ def check_expert_names(experts: Sequence[str]) -> None:
 
 
 def check_field_names(fields: Sequence[str]) -> None:
-    """Raises ConfigError for a keyword that is no field of `XLoraConfig`, naming the nearest."""
+    """Raises ConfigError for a keyword that is no setting of `XLoraConfig`, naming the nearest."""
+    filled_in = [name for name in fields if name in FILLED_IN]
+    if filled_in:
+        raise ConfigError(f"{names(filled_in)}: follows from the base and the experts; leave it out")
     unknown = [name for name in fields if name not in _own_fields()]
     if unknown:
         raise ConfigError("; ".join(_unknown_field(name) for name in unknown))

@@ -72,6 +72,13 @@ class LowRank:
     def rank(self) -> int:
         return self.A_RI.shape[0]
 
+    def to(self, **place: Any) -> "LowRank":
+        """The same with all tensors moved or cast."""
+        bias = None if self.bias_O is None else self.bias_O.to(**place)
+        magnitude = None if self.magnitude_O is None else self.magnitude_O.to(**place)
+        A_RI, B_OR = self.A_RI.to(**place), self.B_OR.to(**place)
+        return replace(self, A_RI=A_RI, B_OR=B_OR, bias_O=bias, magnitude_O=magnitude)
+
 
 @dataclass(frozen=True)
 class Expert:
@@ -176,6 +183,7 @@ def check_lora_config(config: Mapping[str, Any], where: str) -> None:
         )
     if config.get("bias", "none") != "none":
         raise UnsupportedLoraError(f"{where}: bias={config['bias']!r} changes the base's own biases; expected 'none'")
+    _check_ranks(config, where)
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(_INITS_THAT_CHANGE_THE_BASE):
         raise UnsupportedLoraError(
@@ -185,6 +193,29 @@ def check_lora_config(config: Mapping[str, Any], where: str) -> None:
     for option, value in config.items():
         if value and option not in _BOOKKEEPING and option not in _HANDLED:
             raise UnsupportedLoraError(f"{where}: option {option}={value!r} is not supported")
+
+
+def _check_ranks(config: Mapping[str, Any], where: str) -> None:
+    for option, positive in (("r", True), ("lora_alpha", False)):
+        _check_number(config.get(option), positive, f"{where}: {option}")
+    for option, positive in (("rank_pattern", True), ("alpha_pattern", False)):
+        patterns = config.get(option) or {}
+        if not isinstance(patterns, Mapping):
+            raise ExpertError(f"{where}: {option}: expected patterns with numbers, found {patterns!r}")
+        for pattern, value in patterns.items():
+            _check_number(value, positive, f"{where}: {option}[{pattern!r}]")
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ExpertError(f"{where}: {option}: {pattern!r} is no regular expression ({error})") from None
+
+
+def _check_number(value: Any, whole_and_positive: bool, where: str) -> None:
+    kinds = int if whole_and_positive else (int, float)
+    right = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    if not right or (whole_and_positive and value < 1):
+        wanted = "a whole number of at least 1" if whole_and_positive else "a number"
+        raise ExpertError(f"{where}: expected {wanted}, found {value!r}")
 
 
 def lora_scale(config: Mapping[str, Any], module: str) -> tuple[int, float]:
@@ -237,11 +268,20 @@ def _low_rank(module: str, found: dict[str, Tensor], config: Mapping[str, Any], 
         raise ExpertError(f"{source}: module {module} has no {lacking}: the file is not whole")
     rank, scale = lora_scale(config, module)
     A_RI, B_OR = found["A"], found["B"]
+    for part, axes in (("A", 2), ("B", 2), ("bias", 1), ("magnitude", 1)):
+        if part in found and found[part].ndim != axes:
+            shape = tuple(found[part].shape)
+            raise ExpertError(f"{source}: module {module}: expected {part} with {axes} axes, found shape {shape}")
     if A_RI.shape[0] != rank or B_OR.shape[1] != rank:
         raise ExpertError(
             f"{source}: module {module}: the config gives rank {rank}, the tensors have "
             f"A {tuple(A_RI.shape)} and B {tuple(B_OR.shape)}"
         )
+    for part in ("bias", "magnitude"):
+        if part in found and found[part].shape[0] != B_OR.shape[0]:
+            raise ExpertError(
+                f"{source}: module {module}: expected {part} of length {B_OR.shape[0]}, found {found[part].shape[0]}"
+            )
     if bool(config.get("use_dora")) != ("magnitude" in found):
         raise ExpertError(f"{source}: module {module}: use_dora and the presence of lora_magnitude_vector disagree")
     return LowRank(A_RI, B_OR, scale, found.get("bias"), found.get("magnitude"), "embedding" in found)

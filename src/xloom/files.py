@@ -8,14 +8,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from xloom.errors import CheckpointError, NotFoundError, TruncatedFileError
+from xloom.errors import CheckpointError, ConfigError, ExpertError, NotFoundError, TruncatedFileError
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -60,19 +60,46 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Raises OSError if there is no room, as writing any file does."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt"})
+    try:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(errno.EIO, f"{path.name}: {error}") from error
 
 
 @contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def naming(path: Path) -> Iterator[None]:
+    """Errors about what a file says name the file.
+
+    Raises:
+        ConfigError, ExpertError: as inside, with the file's name before it.
+        CheckpointError: a field is missing or of a kind that makes no sense.
+    """
+    try:
+        yield
+    except (ConfigError, ExpertError) as error:
+        raise type(error)(f"{path}: {error}") from None
+    except KeyError as error:
+        raise CheckpointError(f"{path}: expected a field {error}, found none") from None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: a field is of the wrong kind: {' '.join(str(error).split())}") from None
+
+
+@contextmanager
+def new_folder(target: Path, replaces: Collection[str] = ()) -> Iterator[Path]:
     """An empty folder to write into, which becomes `target` when the block ends, or vanishes when it fails.
 
-    Files of an older `target` that the block does not write again are kept. A reader sees the old folder or the new
-    one; a crash between the two renames leaves the old one beside it as `<name>.old-*`.
+    Files of an older `target` that the block does not write again are kept, but for those named at its top level in
+    `replaces`. A reader sees the old folder or the new one; a crash between the two renames leaves the old one beside
+    it as `<name>.old-*`.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
     """
-    target = Path(os.path.abspath(target))
+    target = Path(os.path.realpath(target))
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target}: expected a folder to write into, found a file")
     staged: Path | None = None
@@ -82,11 +109,8 @@ def new_folder(target: Path) -> Iterator[Path]:
         staged.chmod(0o755)
         yield staged
         if target.exists():
-            _carry_over(target, staged)
-            old = Path(tempfile.mkdtemp(prefix=f"{target.name}.old-", dir=target.parent))
-            os.replace(target, old)
-            os.replace(staged, target)
-            shutil.rmtree(old)
+            _carry_over(target, staged, replaces)
+            _swap(target, staged)
         else:
             os.replace(staged, target)
     except OSError as error:
@@ -97,9 +121,26 @@ def new_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(staged, ignore_errors=True)
 
 
-def _carry_over(old: Path, new: Path) -> None:
-    for item in old.rglob("*"):
-        copy = new / item.relative_to(old)
+def _swap(target: Path, staged: Path) -> None:
+    here = Path.cwd()
+    old = Path(tempfile.mkdtemp(prefix=f"{target.name}.old-", dir=target.parent))
+    os.replace(target, old)
+    try:
+        os.replace(staged, target)
+    except OSError:
+        os.replace(old, target)
+        raise
+    if here.is_relative_to(target):  # the process would stay behind in the folder that goes
+        os.chdir(here)
+    shutil.rmtree(old)
+
+
+def _carry_over(old: Path, new: Path, replaces: Collection[str]) -> None:
+    for item in sorted(old.rglob("*")):
+        inside = item.relative_to(old)
+        if inside.parts[0] in replaces:
+            continue
+        copy = new / inside
         if item.is_dir():
             copy.mkdir(exist_ok=True)
         elif not copy.exists():
@@ -112,7 +153,8 @@ def _carry_over(old: Path, new: Path) -> None:
 def fetch_folder(source: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> Path:
     """A local folder, or the local copy of a hub repository: `path`, `org/name` or `org/name/sub/folder`.
 
-    Only JSON and safetensors files are fetched. With HF_HUB_OFFLINE=1 the hub's local cache alone is asked.
+    A `Path` is always local. Only JSON and safetensors files are fetched. With HF_HUB_OFFLINE=1 the hub's local cache
+    alone is asked.
 
     Raises:
         NotFoundError: no such folder, and no such repository within reach.
@@ -120,7 +162,9 @@ def fetch_folder(source: str | Path, *, revision: str | None = None, subfolder: 
     path = Path(source).expanduser()
     if path.exists():
         return _existing_folder(path / subfolder if subfolder else path)
-    parts = str(source).split("/")
+    if isinstance(source, Path):
+        raise NotFoundError(f"{source}: no such folder")
+    parts = source.split("/")
     if len(parts) < 2 or not all(parts) or parts[0] in {".", ".."}:
         raise NotFoundError(f"{source}: no such folder (and not a hub id of the form org/name)")
     repo, inner = "/".join(parts[:2]), "/".join([*parts[2:], *([subfolder] if subfolder else [])])

@@ -18,7 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from xloom.errors import BaseMismatchError, ConvolutionError, NoMatchingSiteError, ScalingsShapeError, names
+from xloom.errors import (
+    BaseMismatchError,
+    ConfigError,
+    ConvolutionError,
+    NoMatchingSiteError,
+    ScalingsShapeError,
+    names,
+)
 from xloom.experts import Expert, LowRank
 
 
@@ -72,24 +79,32 @@ class Site(nn.Module):
         self.is_embedding = isinstance(base, nn.Embedding)
         self.ranks = [e.rank if e else 0 for e in experts]
         self.scales = [e.scale if e else 0.0 for e in experts]
-        here = [e for e in experts if e]
+        self._with_bias = [e is not None and e.bias_O is not None for e in experts]
+        self._with_dora = [e is not None and e.magnitude_O is not None for e in experts]
         device = next((p.device for p in base.parameters()), torch.device("cpu"))
         place: dict[str, Any] = {"dtype": dtype, "device": device}
+        experts = [e and e.to(**place) for e in experts]
+        here = [e for e in experts if e]
         out_features = here[0].B_OR.shape[0]
 
-        self._own("A_RI", torch.cat([e.A_RI for e in here], dim=0).to(**place), trainable)
-        self._own("B_OR", torch.cat([e.B_OR for e in here], dim=1).to(**place), trainable)
+        self._own("A_RI", torch.cat([e.A_RI for e in here], dim=0), trainable)
+        self._own("B_OR", torch.cat([e.B_OR for e in here], dim=1), trainable)
         # Row n holds the scale of expert n at its own ranks: one product spreads scalings over ranks and scales them.
         spread = torch.zeros(len(experts), sum(self.ranks), dtype=torch.float64)
         for n, (start, stop) in enumerate(self._rank_spans()):
             spread[n, start:stop] = self.scales[n]
         self.register_buffer("spread_NR", spread.to(**place), persistent=False)
         bias = None
-        if any(e.bias_O is not None for e in here):
+        if any(self._with_bias):
             bias = torch.stack([_or_zeros(e.bias_O if e else None, out_features) for e in experts]).to(**place)
         self._own("bias_NO", bias, trainable)
         magnitude = dora = None
-        if any(e.magnitude_O is not None for e in here):
+        if any(self._with_dora):
+            if trainable:
+                raise ConfigError(
+                    f"site {name}: a DoRA expert cannot be trained inside a mixture; train it alone, or use "
+                    "use_trainable_adapters=False"
+                )
             weight_OI = dense_weight(base)
             magnitude = torch.stack([_or_zeros(e.magnitude_O if e else None, out_features) for e in experts])
             gain = torch.stack([dora_gain(e, weight_OI) if e else torch.ones(out_features) for e in experts])
@@ -136,7 +151,8 @@ class Site(nn.Module):
         if self.dora_NO is not None:
             delta = delta + (scalings @ self.dora_NO) * self._without_bias(y).to(delta.dtype)
         if self.bias_NO is not None:
-            scale_N = scalings.new_tensor(self.scales)
+            pairs = zip(self.scales, self._with_bias, strict=True)
+            scale_N = scalings.new_tensor([scale if there else 0.0 for scale, there in pairs])
             delta = delta + (scalings * scale_N) @ self.bias_NO
         return delta
 
@@ -193,8 +209,8 @@ class Site(nn.Module):
             if start == stop:
                 out.append(None)
                 continue
-            bias = self.bias_NO[n] if self.bias_NO is not None else None
-            magnitude = self.magnitude_NO[n] if self.magnitude_NO is not None and self.magnitude_NO[n].any() else None
+            bias = self.bias_NO[n] if self.bias_NO is not None and self._with_bias[n] else None
+            magnitude = self.magnitude_NO[n] if self.magnitude_NO is not None and self._with_dora[n] else None
             A, B = self.A_RI[start:stop], self.B_OR[:, start:stop]
             out.append(LowRank(A, B, self.scales[n], bias, magnitude, self.is_embedding))
         return out
@@ -215,6 +231,7 @@ class Mixture:
 
     Raises:
         BaseMismatchError, ConvolutionError, NoMatchingSiteError: an expert does not fit the base.
+        ConfigError: a DoRA expert is to be trained.
     """
 
     def __init__(
@@ -243,11 +260,11 @@ class Mixture:
                     _check_fit(module, name, expert.modules[name], f"expert {label!r} ({expert.source})")
         if not homes:
             raise NoMatchingSiteError(f"no module of the base is adapted by any of the experts {names(experts)}")
+        made = []  # all of them before any is put in: a refusal leaves the base as it was
         for index, (name, module) in enumerate(homes):
             here = [expert.modules.get(name) for expert in experts.values()]
-            site = Site(module, name, index, here, self, dtype=dtype, trainable=trainable)
-            self._put(name, site)
-            self.sites.append(site)
+            made.append(Site(module, name, index, here, self, dtype=dtype, trainable=trainable))
+        self.put_back(made)
 
     def remove(self) -> None:
         """Puts the base's own modules back, the very objects that were there."""
@@ -256,7 +273,7 @@ class Mixture:
         self.sites = []
 
     def put_back(self, sites: Sequence[Site]) -> None:
-        """Undoes `remove`."""
+        """Puts sites in: those just made, or those that `remove` took out."""
         self.sites = list(sites)
         for site in self.sites:
             self._put(site.name, site)
@@ -344,7 +361,7 @@ def _check_fit(module: nn.Module, name: str, low: LowRank, who: str) -> None:
     if low.is_embedding != isinstance(module, nn.Embedding):
         wanted = "an Embedding" if low.is_embedding else "a linear module"
         raise BaseMismatchError(f"{who}: module {name}: expected {wanted}, found {type(module).__name__}")
-    found = _features(module)
+    found = _features(module, f"{who}: module {name}")
     wanted_features = (low.A_RI.shape[1], low.B_OR.shape[0])
     if found != wanted_features:
         raise BaseMismatchError(
@@ -353,7 +370,7 @@ def _check_fit(module: nn.Module, name: str, low: LowRank, who: str) -> None:
         )
 
 
-def _features(module: Any) -> tuple[int, int]:
+def _features(module: Any, where: str = "base") -> tuple[int, int]:
     """In- and out-features of a module that can carry experts."""
     if isinstance(module, nn.Embedding):
         return module.num_embeddings, module.embedding_dim
@@ -363,7 +380,7 @@ def _features(module: Any) -> tuple[int, int]:
         return module.in_features, module.out_features
     except AttributeError:
         raise BaseMismatchError(
-            f"a {type(module).__name__} is neither linear nor an embedding and cannot carry experts"
+            f"{where}: a {type(module).__name__} is neither linear nor an embedding and cannot carry experts"
         ) from None
 
 

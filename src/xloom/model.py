@@ -9,7 +9,7 @@ Letters: B batch  T tokens  D hidden size  S sites  N experts  C columns of the 
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,7 @@ class XLoraForCausalLM(PreTrainedModel, GenerationMixin):
         # Small and decisive: the head stays in full precision whatever the base is stored in.
         dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
         self.head = ScalingHead(config, architecture.hidden_size(base), dtype).to(base.device)
+        self._adapts_lm_head = any(site is base.get_output_embeddings() for site in self.mixture.sites)
         self._takes_positions = "position_ids" in inspect.signature(base.base_model.forward).parameters
         self._router: Router = XLora()
         self._log: ScalingsLog | None = None
@@ -174,7 +175,7 @@ class XLoraForCausalLM(PreTrainedModel, GenerationMixin):
             raise ConfigError(f"unknown option {names(sorted(unknown))}; XLoraConfig fields belong to from_experts")
         saved = checkpoints.read(pretrained_model_name_or_path, revision=revision, subfolder=subfolder, experts=experts)
         source = base if base is not None else checkpoints.locate_base(saved)
-        if saved.config.base_revision and not isinstance(source, PreTrainedModel):
+        if saved.config.base_revision and base is None:
             options.setdefault("revision", saved.config.base_revision)
         model, where = architecture.load_base(source, options)
         architecture.check_same_base(saved.config, model)
@@ -366,16 +367,23 @@ class XLoraForCausalLM(PreTrainedModel, GenerationMixin):
         router: Router | None = self._router
         if gating:
             router = decide(self._scaling_pass(inputs, split)) if self._gate_layer is None else None
-        listening = nullcontext({}) if gating else self.mixture.recording()
-        with self.mixture.routed_by(router), self._gated(decide if gating else None), listening as asked:
+        # Experts on the language-model head need all tokens there: scalings belong to tokens, not to what is kept.
+        cut_after = self._adapts_lm_head and not (isinstance(logits_to_keep, int) and logits_to_keep == 0)
+        asked: dict[int, Tensor] = {}
+        with self.mixture.routed_by(router), self._gated(decide if gating else None), ExitStack() as stack:
+            if not gating:
+                asked = stack.enter_context(self.mixture.recording())
             out = self.base(
                 **inputs,
                 past_key_values=split.mixed if split else None,
                 labels=labels,
-                logits_to_keep=logits_to_keep,
+                logits_to_keep=0 if cut_after else logits_to_keep,
                 return_dict=True,
                 **kwargs,
             )
+        if cut_after:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            out.logits = out.logits[:, kept]
         scalings = decided[0].scalings_BTSN if decided else self._answered(asked, tokens)
         if self._log is not None:
             self._log.append(scalings)

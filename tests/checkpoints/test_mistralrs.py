@@ -1,6 +1,8 @@
 """What mistral.rs 0.6.0 loads: file names, JSON, tensors and order (docs/mistralrs.md), and what it cannot hold."""
 
 import json
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,9 +22,19 @@ from xloom.experts import Expert
 FIXED = ("xlora_config.json", "xlora_classifier.safetensors", "ordering.json")
 
 
-def experts(tmp_path: Path, **changes) -> dict[str, str]:
-    base = tiny_base("llama")
-    settings = {
+_KEPT = tempfile.TemporaryDirectory()
+SETTINGS = {
+    "patterns, rslora, missing sites": {},
+    "some layers": {"layers_to_transform": [1]},
+    "different ranks": {"rank_pattern": {"layers.0.self_attn.q_proj": 5, "v_proj": 1}},
+    "all linear": {"target_modules": "all-linear"},
+}
+
+
+@cache
+def experts(name: str = "patterns, rslora, missing sites") -> dict[str, str]:
+    base, folder = tiny_base("llama"), Path(_KEPT.name) / name
+    loras = {
         "chem": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
         "mech": {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj"], "use_rslora": True},
         "prot": {
@@ -32,14 +44,11 @@ def experts(tmp_path: Path, **changes) -> dict[str, str]:
             "alpha_pattern": {"layers.1.self_attn.v_proj": 9},
         },
     }
-    return {
-        name: make_expert(base, tmp_path / name, i, **(lora | changes))
-        for i, (name, lora) in enumerate(settings.items())
-    }
+    return {n: make_expert(base, folder / n, i, **(lora | SETTINGS[name])) for i, (n, lora) in enumerate(loras.items())}
 
 
 def exported(tmp_path: Path, **fields) -> tuple[XLoraForCausalLM, Path]:
-    model = made(tmp_path, experts=experts(tmp_path), **fields)
+    model = made(tmp_path, experts=experts(), **fields)
     model.save_pretrained(tmp_path / "one", format="mistralrs")
     return model, tmp_path / "one"
 
@@ -122,14 +131,6 @@ def as_mistralrs_reads(folder: Path, fields: dict) -> XLoraForCausalLM:
     return model
 
 
-SETTINGS = {
-    "patterns, rslora, missing sites": {},
-    "some layers": {"layers_to_transform": [1]},
-    "different ranks": {"rank_pattern": {"layers.0.self_attn.q_proj": 5, "v_proj": 1}},
-    "all linear": {"target_modules": "all-linear"},
-}
-
-
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize(
     "fields",
@@ -142,7 +143,7 @@ SETTINGS = {
 )
 @torch.no_grad()
 def test_the_export_means_the_model(tmp_path, name, fields):
-    model = made(tmp_path, experts=experts(tmp_path, **SETTINGS[name]), **fields)
+    model = made(tmp_path, experts=experts(name), **fields)
     model.save_pretrained(tmp_path / "one", format="mistralrs")
     again = as_mistralrs_reads(tmp_path / "one", fields)
     ids = prompt(2, 6)
@@ -198,7 +199,7 @@ def test_good_names_stay():
     ],
 )
 def test_fields_that_are_refused(tmp_path, fields, word):
-    model = made(tmp_path, experts=experts(tmp_path), **fields)
+    model = made(tmp_path, experts=experts(), **fields)
     with pytest.raises(NotExportableError, match="'mistralrs'") as caught:
         model.save_pretrained(tmp_path / "one", format="mistralrs")
     assert word in str(caught.value)
@@ -222,7 +223,7 @@ def test_experts_that_are_refused(tmp_path, kind, lora, word):
 
 
 def test_more_than_one_reason_at_once(tmp_path):
-    model = made(tmp_path, experts=experts(tmp_path), null_expert=True, top_k_lora=2, enable_softmax_topk=True)
+    model = made(tmp_path, experts=experts(), null_expert=True, top_k_lora=2, enable_softmax_topk=True)
     with pytest.raises(NotExportableError, match=r"null_expert.*enable_softmax_topk"):
         model.save_pretrained(tmp_path / "one", format="mistralrs")
 
@@ -230,7 +231,7 @@ def test_more_than_one_reason_at_once(tmp_path):
 def test_a_base_without_a_name(tmp_path, llama):
     """mistral.rs compares the base's id in both files with the one it is given."""
     llama.config._name_or_path = ""
-    model = XLoraForCausalLM.from_experts(llama, experts(tmp_path))
+    model = XLoraForCausalLM.from_experts(llama, experts())
     with pytest.raises(NotExportableError, match="base"):
         model.save_pretrained(tmp_path / "one", format="mistralrs")
 

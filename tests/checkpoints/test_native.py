@@ -3,6 +3,8 @@
 import errno
 import json
 import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,11 +31,21 @@ def base_folder(tmp_path: Path, kind: str = "llama", **changes) -> Path:
     return tmp_path / "base"
 
 
+_KEPT = tempfile.TemporaryDirectory()
+
+
+@cache
+def adapters(kind: str) -> dict[str, str]:
+    """Three experts of a kind of base, made once."""
+    return make_experts(tiny_base(kind), Path(_KEPT.name) / kind)
+
+
 def made(tmp_path: Path, *, kind: str = "llama", experts: dict | None = None, **fields) -> XLoraForCausalLM:
     base = base_folder(tmp_path, kind)
-    paths = experts or make_experts(tiny_base(kind), tmp_path / "adapters")
     torch.manual_seed(3)
-    model = XLoraForCausalLM.from_experts(base, paths, **({"layerwise_scalings": True, "xlora_size": 12} | fields))
+    model = XLoraForCausalLM.from_experts(
+        base, experts or adapters(kind), **({"layerwise_scalings": True, "xlora_size": 12} | fields)
+    )
     with torch.no_grad():
         for parameter in model.head.parameters():
             parameter.mul_(3)
@@ -140,14 +152,8 @@ def test_round_trip_of_every_kind_of_expert(tmp_path, name):
         assert all(torch.equal(written[key], source[key]) for key in source)
 
 
-@pytest.mark.parametrize("dora", [False, True])
-def test_round_trip_of_trained_experts(tmp_path, dora):
-    base = tiny_base("llama")
-    paths = {
-        "a": make_expert(base, tmp_path / "a", 0, r=3, target_modules=["q_proj", "v_proj"], use_dora=dora),
-        "b": make_expert(base, tmp_path / "b", 1, r=2, target_modules=["q_proj"]),
-    }
-    model = made(tmp_path, experts=paths, use_trainable_adapters=True)
+def test_round_trip_of_trained_experts(tmp_path):
+    model = made(tmp_path, use_trainable_adapters=True)
     ids = prompt(1, 5)
     before = model(ids).logits.detach()
     with torch.no_grad():
@@ -229,7 +235,7 @@ def test_a_local_base_moves_along(tmp_path, inside, monkeypatch):
 
 
 def test_a_base_given_by_a_relative_path(tmp_path, monkeypatch):
-    paths = make_experts(tiny_base("llama"), tmp_path / "adapters")
+    paths = adapters("llama")
     base_folder(tmp_path)
     monkeypatch.chdir(tmp_path)
     model = XLoraForCausalLM.from_experts("base", paths, layerwise_scalings=True)
@@ -288,7 +294,7 @@ def test_over_an_older_one(tmp_path):
 def test_over_one_that_carries_another_base(tmp_path):
     """The base of the older model must not answer for the newer one."""
     made(tmp_path / "a").save_pretrained(tmp_path / "one", include_base=True)
-    paths = make_experts(tiny_base("llama"), tmp_path / "adapters")
+    paths = adapters("llama")
     torch.manual_seed(1)
     other = tiny_base("llama", spread=0.4)
     other.save_pretrained(tmp_path / "other")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from tiny import make_experts, tiny_base
 from toy import tiny_tokenizer, toy_rows, write_rows
-
 from xloom import XLoraForCausalLM
 from xloom.cli import main
 
@@ -78,7 +78,9 @@ def test_generate_prints_text_and_shares(run, project, tmp_path):
         expected = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
     assert [token["id"] for token in row["tokens"]] == expected.tolist()
     weights = log.tokens()[0, ids.shape[1] - 1 :].mean(dim=1)
-    assert [list(t["weights"].values()) for t in row["tokens"]] == [pytest.approx(w, abs=1e-4) for w in weights.tolist()]
+    assert [list(t["weights"].values()) for t in row["tokens"]] == [
+        pytest.approx(w, abs=1e-4) for w in weights.tolist()
+    ]
 
 
 def test_generate_with_other_routers(run):
@@ -99,7 +101,19 @@ def test_generate_with_other_routers(run):
 def test_sampling_is_seeded(run, tmp_path):
     texts = []
     for seed in ("1", "1", "2"):
-        run("generate", "model", "abc", "-n", "12", "--temperature", "1.5", "--seed", seed, "--json", str(tmp_path / "o"))
+        run(
+            "generate",
+            "model",
+            "abc",
+            "-n",
+            "12",
+            "--temperature",
+            "1.5",
+            "--seed",
+            seed,
+            "--json",
+            str(tmp_path / "o"),
+        )
         texts.append(json.loads((tmp_path / "o").read_text())["rows"][0]["text"])
     assert texts[0] == texts[1] != texts[2]
 
@@ -190,7 +204,13 @@ def test_convert_there_and_back(run, project, tmp_path, format):
 def test_train_both_from_recipes(run, project, tmp_path):
     for domain in ("up", "down"):
         write_rows(tmp_path / f"{domain}.jsonl", toy_rows(domain, 12))
-        recipe = {"base": str(project / "base"), "output": domain, "train": f"{domain}.jsonl", "max_steps": 2, "batch_size": 4}
+        recipe = {
+            "base": str(project / "base"),
+            "output": domain,
+            "train": f"{domain}.jsonl",
+            "max_steps": 2,
+            "batch_size": 4,
+        }
         (tmp_path / f"{domain}.yaml").write_text(yaml.safe_dump(recipe))
         assert run("train-expert", str(tmp_path / f"{domain}.yaml"))[0] == 0
     head = {

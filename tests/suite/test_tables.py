@@ -39,9 +39,7 @@ def test_reduced_formulas(formula: str, reduced: str) -> None:
     assert reduce_formula(formula) == reduced
 
 
-@pytest.mark.parametrize(
-    "formula", ["", "fe", "Fe2)", "(Fe", "Fe[O)2", "(2Fe)", "Fe-O", "Fe0", "2Fe", "Fe O", "()"]
-)
+@pytest.mark.parametrize("formula", ["", "fe", "Fe2)", "(Fe", "Fe[O)2", "(2Fe)", "Fe-O", "Fe0", "2Fe", "Fe O", "()"])
 def test_what_is_no_formula_is_refused(formula: str) -> None:
     with pytest.raises(DataError, match="is not a chemical formula"):
         parse_formula(formula)
@@ -92,9 +90,7 @@ def test_relatives_are_grouped_and_strangers_are_not() -> None:
 
 
 def test_materials_rows() -> None:
-    items = read_materials(
-        {"crabnet/data/matbench/expt_is_metal.csv": b"formula,target\nAg(AuS)2,1\nGeO2,0\n"}.get
-    )
+    items = read_materials({"crabnet/data/matbench/expt_is_metal.csv": b"formula,target\nAg(AuS)2,1\nGeO2,0\n"}.get)
     assert [(item.text, item.key, item.group, item.label, item.other_keys) for item in items] == [
         ("Ag(AuS)2", "AgAu2S2", "Ag-Au-S", "metal", ("Ag(AuS)2",)),
         ("GeO2", "GeO2", "Ge-O", "insulator", ("GeO2",)),

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy import tiny_tokenizer, toy_rows, write_rows
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from tiny import tiny_base
+from toy import tiny_tokenizer, toy_rows, write_rows
 from xloom.training.run import Run
 
 

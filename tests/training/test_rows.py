@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy import PIECES, chat, write_rows
 from transformers import PreTrainedTokenizerBase
 
+from toy import PIECES, chat, write_rows
 from xloom.errors import DataError, PromptError
 from xloom.training.data import IGNORED, Example, Row, collate, plan_batches, read_examples, read_rows, tokenise
 

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from toy import toy_rows, write_rows
 from transformers import AutoModelForCausalLM
 
+from toy import toy_rows, write_rows
 from xloom import XLoraForCausalLM
 from xloom.errors import DataError, RecipeError
 from xloom.training.expert import train_expert

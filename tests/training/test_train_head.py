@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from toy import toy_rows, write_rows
 from transformers import AutoTokenizer
 
+from toy import toy_rows, write_rows
 from xloom import XLoraForCausalLM
 from xloom.architecture import decoder_layers
 from xloom.errors import ConfigError

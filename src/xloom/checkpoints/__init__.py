@@ -25,10 +25,16 @@ from xloom.errors import (
     MissingTensorsError,
     names,
 )
-from xloom.experts import CONFIG_FILE
+from xloom.experts import CONFIG_FILE, WEIGHTS_FILE
 from xloom.files import fetch_folder, new_folder, read_json
 
 __all__ = ["Format", "Saved", "check_sites", "checked_head", "locate_base", "read", "write"]
+
+# Top-level names of all formats: what an older checkpoint left in a folder must not be taken for part of the new one.
+_MARKERS = (
+    native.CONFIG, native.HEAD, native.EXPERTS, native.BASE, CONFIG_FILE, WEIGHTS_FILE, xlora.CONFIG, xlora.HEAD,
+    mistralrs.ORDERING,
+)  # fmt: skip
 
 Format = Literal["xloom", "peft", "xlora", "mistralrs"]
 
@@ -50,14 +56,19 @@ def read(
         NotFoundError, TruncatedFileError, MissingTensorsError, ConfigError, ExpertError: what is wrong, and where.
     """
     folder = fetch_folder(source, revision=revision, subfolder=subfolder)
+    is_peft = (folder / CONFIG_FILE).is_file() and read_json(folder / CONFIG_FILE).get("peft_type") == "XLORA"
+    if experts and not is_peft:
+        raise ConfigError(f"{folder}: experts=... says where a PEFT X-LoRA checkpoint's experts are; this is none")
+    if (folder / mistralrs.ORDERING).is_file():
+        raise ForeignCheckpointError(f"{folder}: an export for mistral.rs, which is written but not read")
     if (folder / xlora.CONFIG).is_file():
         return xlora.read(folder)
     if (folder / native.CONFIG).is_file() and read_json(folder / native.CONFIG).get("model_type") == "xlora":
         return native.read(folder)
+    if is_peft:
+        return peft.read(folder, experts or {})
     if (folder / CONFIG_FILE).is_file():
         kind = read_json(folder / CONFIG_FILE).get("peft_type")
-        if kind == "XLORA":
-            return peft.read(folder, experts or {})
         raise ForeignCheckpointError(
             f"{folder}: a PEFT adapter of type {kind!r}; one adapter is an expert, not a mixture: see from_experts"
         )
@@ -83,7 +94,7 @@ def write(
     """
     if format not in get_args(Format):
         raise ConfigError(f"unknown format {format!r}; expected one of {names(get_args(Format))}")
-    with new_folder(folder) as staged:
+    with new_folder(folder, replaces=_MARKERS) as staged:
         if format == "xloom":
             native.write(saved, staged, final=folder)
             if base is not None:
@@ -132,6 +143,8 @@ def checked_head(saved: Saved, expected: Mapping[str, Tensor]) -> dict[str, Tens
     if extra := [key for key in saved.head if key not in expected]:
         raise CheckpointError(f"{saved.where}: the head has tensors that the config does not call for: {names(extra)}")
     for key, tensor in saved.head.items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{saved.where}: head tensor {saved.head_names.get(key, key)} holds NaN or infinity")
         if tensor.shape != expected[key].shape:
             raise CheckpointError(
                 f"{saved.where}: head tensor {saved.head_names.get(key, key)} has shape {tuple(tensor.shape)}, "

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from xloom.checkpoints import xlora
-from xloom.checkpoints.saved import Saved, linear_keys, our_fields_in_use, refuse
+from xloom.checkpoints.saved import Saved, kinds, our_fields_in_use, refuse
 from xloom.experts import PREFIX, Expert, LowRank
 from xloom.files import write_json, write_tensors
 
@@ -50,18 +50,14 @@ def write(saved: Saved, folder: Path, *, final: Path) -> None:
 
 def _reasons(saved: Saved) -> list[str]:
     config = saved.config
-    lows = [low for expert in saved.experts.values() for low in expert.modules.values()]
     hidden = saved.head["layers.0.weight"].shape[1]
     checks = {
-        "Embedding experts": any(low.is_embedding for low in lows),
-        "experts on lm_head": any("lm_head" in module for e in saved.experts.values() for module in e.modules),
-        "DoRA experts": any(low.magnitude_O is not None for low in lows),
-        "lora_bias": any(low.bias_O is not None for low in lows),
+        "a base without a name or path (mistral.rs compares it)": not config.base_model_name_or_path,
         "enable_softmax_topk=True": config.enable_softmax_topk,
         f"xlora_size={config.xlora_size} above the hidden size {hidden}": config.xlora_depth > 1
         and config.xlora_size > hidden,
     }
-    return our_fields_in_use(config) + [reason for reason, applies in checks.items() if applies]
+    return our_fields_in_use(config) + sorted(kinds(saved)) + [reason for reason, applies in checks.items() if applies]
 
 
 def _every_site(saved: Saved) -> dict[str, LowRank]:
@@ -78,7 +74,7 @@ def _head(saved: Saved, sites: int) -> dict[str, Tensor]:
     """The head with its inner width padded to the hidden size, and rows of zeros for sites that nobody adapts."""
     config, head = saved.config, dict(saved.head)
     hidden = head["layers.0.weight"].shape[1]
-    *inner, last = linear_keys(config)
+    *inner, last = range(config.xlora_depth)
     out = {}
     for i in [*inner, last]:
         name = "last" if i == last else f"inner.{i}"
@@ -98,7 +94,7 @@ def _labels(experts: list[str]) -> list[str]:
     plain = [re.sub(r"[^A-Za-z0-9]+", "_", name) for name in experts]
     taken = (xlora.CONFIG, xlora.HEAD, ORDERING)
     clash = len(set(plain)) != len(plain) or any(a in b for a in plain for b in [*plain, *taken] if a is not b)
-    return [f"expert{i + 1:0{width}d}_{name}" for i, name in enumerate(plain)] if clash else plain
+    return [f"expert_{i + 1:0{width}d}" for i in range(len(plain))] if clash else plain
 
 
 def _tensors(expert: Expert, shapes: dict[str, LowRank], rank: int) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from xloom.checkpoints.saved import Saved, write_expert
 from xloom.config import XLoraConfig
 from xloom.errors import TruncatedFileError
 from xloom.experts import Expert
-from xloom.files import read_json, read_tensors, write_json, write_tensors
+from xloom.files import naming, read_json, read_tensors, write_json, write_tensors
 
 CONFIG, HEAD, EXPERTS, BASE = "config.json", "head.safetensors", "experts", "base"
 
@@ -22,7 +22,8 @@ def read(folder: Path) -> Saved:
     raw = read_json(folder / CONFIG)
     if not raw.get("experts"):
         raise TruncatedFileError(f"{folder / CONFIG}: names no experts")
-    config = XLoraConfig(**raw)
+    with naming(folder / CONFIG):
+        config = XLoraConfig(**raw)
     experts = {name: Expert.from_pretrained(folder / EXPERTS / name) for name in config.experts or []}
     base = folder / BASE
     where = config.base_model_name_or_path

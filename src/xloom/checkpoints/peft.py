@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xloom.checkpoints.saved import Saved, linear_keys, our_fields_in_use, refuse, write_expert
+from xloom.checkpoints.saved import Saved, kinds, our_fields_in_use, refuse, scaling_pass_number, write_expert
 from xloom.config import XLoraConfig
-from xloom.errors import NotFoundError, PickleError, TruncatedFileError
+from xloom.errors import ConfigError, NotFoundError, PickleError, TruncatedFileError
 from xloom.experts import CONFIG_FILE, WEIGHTS_FILE, Expert
-from xloom.files import read_json, read_tensors, write_json, write_tensors
+from xloom.files import naming, read_json, read_tensors, write_json, write_tensors
 
 PREFIX = "base_model.internal_xlora_classifier.layers."
 FIELDS = (
@@ -34,17 +34,21 @@ def read(folder: Path, moved: Mapping[str, str | Path]) -> Saved:
         raise TruncatedFileError(f"{folder / CONFIG_FILE}: names no adapters")
     if unknown := set(moved) - set(adapters):
         raise NotFoundError(f"experts {sorted(unknown)}: {folder / CONFIG_FILE} names {sorted(adapters)}")
-    labels = raw.get("xloom", {}).get("experts") or list(adapters)
+    with naming(folder / CONFIG_FILE):
+        note = raw.get("xloom", {})
+        labels = note.get("experts", list(adapters)) if isinstance(note, dict) else None
+        if not isinstance(labels, list) or len(labels) != len(adapters):
+            raise ConfigError(f"xloom: expected the names of {len(adapters)} experts, found {note!r}")
+        config = XLoraConfig(
+            experts=labels,
+            base_model_name_or_path=raw.get("base_model_name_or_path"),
+            base_revision=raw.get("revision"),
+            **{key: raw[key] for key in FIELDS if key in raw},
+        )
     experts = {
         label: _expert(folder, name, moved.get(name, path))
         for label, (name, path) in zip(labels, adapters.items(), strict=True)
     }
-    config = XLoraConfig(
-        experts=list(experts),
-        base_model_name_or_path=raw.get("base_model_name_or_path"),
-        base_revision=raw.get("revision"),
-        **{key: raw[key] for key in FIELDS if key in raw},
-    )
     if not (folder / WEIGHTS_FILE).is_file() and (folder / "adapter_model.bin").is_file():
         raise PickleError(
             f"{folder}: the head is a pickle (adapter_model.bin), which can run code; save it as safetensors"
@@ -67,8 +71,8 @@ def write(saved: Saved, folder: Path, *, final: Path) -> None:
         reasons.append("use_bias=False")
     if config.xlora_depth > 1 and not config.enable_relu_and_dropout:
         reasons.append("enable_relu_and_dropout=False")
-    if any(low.magnitude_O is not None for e in saved.experts.values() for low in e.modules.values()):
-        reasons.append("DoRA experts (PEFT raises on them in X-LoRA)")
+    # PEFT's X-LoRA raises on DoRA, and adds a LoRA bias without the scaling.
+    reasons += sorted(kinds(saved) & {"DoRA experts", "lora_bias"})
     refuse("peft", reasons)
     raw: dict[str, Any] = {
         "peft_type": "XLORA", "auto_mapping": None, "task_type": "CAUSAL_LM", "inference_mode": True,
@@ -78,8 +82,7 @@ def write(saved: Saved, folder: Path, *, final: Path) -> None:
         "xloom": {"experts": list(saved.experts)},
     }  # fmt: skip
     raw |= {key: getattr(config, key) for key in FIELDS}
-    if raw["scaling_pass_value"] is None:
-        raw["scaling_pass_value"] = 1.0 / len(saved.experts)
+    raw["scaling_pass_value"] = scaling_pass_number(saved)
     write_json(folder / CONFIG_FILE, raw)
     write_tensors(folder / WEIGHTS_FILE, {theirs: saved.head[mine] for mine, theirs in _keys(config).items()})
     for name, expert in saved.experts.items():
@@ -89,9 +92,8 @@ def write(saved: Saved, folder: Path, *, final: Path) -> None:
 def _keys(config: XLoraConfig) -> dict[str, str]:
     """Our name of every head tensor -> PEFT's."""
     step = 3 if config.xlora_dropout_p > 0 else 2
-    return {
-        f"layers.{i}.{part}": f"{PREFIX}{i * step}.{part}" for i in linear_keys(config) for part in ("weight", "bias")
-    }
+    parts = [(i, part) for i in range(config.xlora_depth) for part in ("weight", "bias")]
+    return {f"layers.{i}.{part}": f"{PREFIX}{i * step}.{part}" for i, part in parts}
 
 
 def _expert(folder: Path, name: str, path: str | Path) -> Expert:

@@ -58,6 +58,19 @@ def our_fields_in_use(config: XLoraConfig) -> list[str]:
     return found
 
 
-def linear_keys(config: XLoraConfig) -> list[int]:
-    """Indices of the head's Linears in `ScalingHead.layers`."""
-    return list(range(config.xlora_depth))
+def kinds(saved: Saved) -> set[str]:
+    """What kinds of experts there are beside plain LoRA on linear modules."""
+    lows = [(module, low) for expert in saved.experts.values() for module, low in expert.modules.items()]
+    found = {
+        "DoRA experts": any(low.magnitude_O is not None for _, low in lows),
+        "Embedding experts": any(low.is_embedding for _, low in lows),
+        "lora_bias": any(low.bias_O is not None for _, low in lows),
+        "experts on lm_head": any("lm_head" in module for module, _ in lows),
+    }
+    return {kind for kind, there in found.items() if there}
+
+
+def scaling_pass_number(saved: Saved) -> float:
+    """`scaling_pass_value` as a number; None means 1/N."""
+    value = saved.config.scaling_pass_value
+    return 1.0 / len(saved.experts) if value is None else value

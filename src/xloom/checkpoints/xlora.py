@@ -10,11 +10,11 @@
 from pathlib import Path
 from typing import Any
 
-from xloom.checkpoints.saved import Saved, linear_keys, our_fields_in_use, refuse, write_expert
-from xloom.config import XLoraConfig, check_field_names
-from xloom.errors import NotFoundError, PickleError, TruncatedFileError
+from xloom.checkpoints.saved import Saved, kinds, our_fields_in_use, refuse, scaling_pass_number, write_expert
+from xloom.config import XLoraConfig
+from xloom.errors import ConfigError, NotFoundError, PickleError, TruncatedFileError, names
 from xloom.experts import CONFIG_FILE, Expert
-from xloom.files import read_json, read_tensors, write_json, write_tensors
+from xloom.files import naming, read_json, read_tensors, write_json, write_tensors
 
 CONFIG, HEAD = "xlora_config.json", "xlora_classifier.safetensors"
 FIELDS = (
@@ -29,11 +29,16 @@ def read(folder: Path) -> Saved:
     adapters = raw.get("adapters")
     if not adapters or "base_model_id" not in raw:
         raise TruncatedFileError(f"{folder / CONFIG}: expected `adapters` and `base_model_id`")
-    # The released checkpoints carry the mapping name -> path of training time; the names are what counts.
-    experts = {name: _expert(folder, name) for name in adapters}
-    fields = {k: v for k, v in raw.items() if k not in {"adapters", "base_model_id", "hidden_size", "device"}}
-    check_field_names(list(fields))
-    config = XLoraConfig(experts=list(experts), base_model_name_or_path=raw["base_model_id"], **fields)
+    with naming(folder / CONFIG):
+        if unknown := sorted(set(raw) - {*FIELDS, "adapters", "base_model_id", "hidden_size", "device"}):
+            raise ConfigError(f"unknown field {names(map(repr, unknown))}")
+        if not isinstance(adapters, (list, dict)):
+            raise ConfigError(f"adapters: expected a list of names, found {adapters!r}")
+        # Released checkpoints carry the mapping name -> path of training time; the names are what counts.
+        labels = list(adapters)
+        fields = {key: raw[key] for key in FIELDS if key in raw}
+        config = XLoraConfig(experts=labels, base_model_name_or_path=raw["base_model_id"], **fields)
+    experts = {name: _expert(folder, name) for name in config.experts or []}
     if not (folder / HEAD).is_file() and (folder / "xlora_classifier.pt").is_file():
         raise PickleError(
             f"{folder}: the head is a pickle (xlora_classifier.pt), which can run code; save it as {HEAD}"
@@ -46,10 +51,9 @@ def read(folder: Path) -> Saved:
 
 def write(saved: Saved, folder: Path, *, final: Path) -> None:
     reasons = our_fields_in_use(saved.config)
-    if any(low.magnitude_O is not None for e in saved.experts.values() for low in e.modules.values()):
-        reasons.append("DoRA experts (xlora ignores their magnitudes)")
-    if any(low.is_embedding for e in saved.experts.values() for low in e.modules.values()):
-        reasons.append("Embedding experts (xlora multiplies the token ids by the scalings)")
+    # xlora ignores DoRA's magnitudes, multiplies token ids by scalings, and adds a LoRA bias without them.
+    reasons += sorted(kinds(saved) & {"DoRA experts", "Embedding experts", "lora_bias"})
+    reasons += [f"an expert called {name!r}" for name in saved.experts if name in (CONFIG, HEAD)]
     if saved.config.enable_softmax_topk:
         reasons.append("enable_softmax_topk=True (xlora normalises over the whole batch)")
     refuse("xlora", reasons)
@@ -62,13 +66,12 @@ def write(saved: Saved, folder: Path, *, final: Path) -> None:
 def config_dict(saved: Saved) -> dict[str, Any]:
     """xlora_config.json, as xlora and mistral.rs read it."""
     config = saved.config
-    value = 1.0 / len(saved.experts) if config.scaling_pass_value is None else config.scaling_pass_value
     return {
         "hidden_size": saved.head["layers.0.weight"].shape[1],
         "base_model_id": config.base_model_name_or_path or "",
         "adapters": list(saved.experts),
         **{key: getattr(config, key) for key in FIELDS},
-        "scaling_pass_value": value,
+        "scaling_pass_value": scaling_pass_number(saved),
     }
 
 
@@ -80,7 +83,7 @@ def keys_of(config: XLoraConfig) -> dict[str, str]:
     """Our name of every head tensor -> xlora's."""
     step = 3 if config.enable_relu_and_dropout else 1
     parts = ("weight", "bias") if config.use_bias else ("weight",)
-    *inner, last = linear_keys(config)
+    *inner, last = range(config.xlora_depth)
     keys = {f"layers.{i}.{part}": f"inner.{i * step}.{part}" for i in inner for part in parts}
     return keys | {f"layers.{last}.{part}": f"last.{part}" for part in parts}
 

@@ -124,9 +124,7 @@ def _check_same(loaded: "torch.nn.Module", folder: Path) -> None:
     with torch.inference_mode():
         same = torch.equal(loaded(ids).logits, saved(ids).logits)
     if not same:
-        raise DownloadError(
-            f"{folder}: the converted base gives other logits than the GGUF file; please report this"
-        )
+        raise DownloadError(f"{folder}: the converted base gives other logits than the GGUF file; please report this")
 
 
 def _publish(fresh: Path, folder: Path) -> None:

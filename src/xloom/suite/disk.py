@@ -42,9 +42,7 @@ def plain_errors(doing: str, folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error)).lower()
-        raise DownloadError(
-            f"{doing}: {reason} ({folder}); make room or set XLOOM_CACHE to another folder"
-        ) from error
+        raise DownloadError(f"{doing}: {reason} ({folder}); make room or set XLOOM_CACHE to another folder") from error
 
 
 @contextlib.contextmanager

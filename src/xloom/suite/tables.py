@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from xloom.errors import DataError
+from xloom.suite.reserved import is_reserved
 
 Read = Callable[[str], bytes]  # the bytes of a file inside the wheel
 
@@ -48,13 +49,23 @@ class Item:
 
 
 def read_materials(read: Read) -> list[Item]:
-    """Measured compounds, metal or insulator; key: the reduced formula, group: the set of elements."""
-    items = []
-    for formula, metal in _csv(read("crabnet/data/matbench/expt_is_metal.csv"))[1:]:
-        key = reduce_formula(formula)
-        label = "metal" if metal.strip() == "1" else "insulator"
-        items.append(Item(formula, key, "-".join(parse_formula(formula)), label, other_keys=(formula,)))
-    return items
+    """Compounds of the softest and of the stiffest third by computed bulk modulus (Materials Project).
+
+    Key: the reduced formula, group: the set of elements. A formula with several values counts with their mean. The
+    thirds are those of the rows that are not reserved; the middle one is left out.
+    """
+    values: dict[str, list[float]] = defaultdict(list)
+    formulas: dict[str, str] = {}
+    for part in ("train", "val", "test"):
+        for formula, modulus in _csv(read(f"crabnet/data/benchmark_data/mp_bulk_modulus/{part}.csv"))[1:]:
+            key = reduce_formula(formula)
+            if not is_reserved(key) and not is_reserved(formula):
+                values[key].append(float(modulus))
+                formulas.setdefault(key, formula)
+    ordered = sorted(values, key=lambda key: (sum(values[key]) / len(values[key]), key))
+    third = len(ordered) // 3
+    labels = dict.fromkeys(ordered[:third], "soft") | dict.fromkeys(ordered[len(ordered) - third :], "stiff")
+    return [Item(formulas[key], key, "-".join(parse_formula(key)), label) for key, label in labels.items()]
 
 
 def read_peptides(read: Read) -> list[Item]:
@@ -70,7 +81,7 @@ def read_peptides(read: Read) -> list[Item]:
 
 
 def read_solubility(read: Read) -> list[Item]:
-    """Molecules with measured solubility in water as low, medium or high.
+    """Molecules with measured solubility in water, low or high; those between are left out.
 
     The key is the table's own SMILES (a canonical form needs rdkit, which is no dependency), and so is the
     group: the table's test split is kept, and validation rows are taken from its training rows by hash. Rows
@@ -83,7 +94,8 @@ def read_solubility(read: Read) -> list[Item]:
             label = record["sol_classification"].partition(")")[2].strip()
             split = "test" if part == "test" else None
             reserved = record["id"] in RESERVED_SOLUBILITY
-            items.append(Item(smiles, smiles, smiles, label, split, reserved=reserved))
+            if label != "medium":
+                items.append(Item(smiles, smiles, smiles, label, split, reserved=reserved))
     return items
 
 
