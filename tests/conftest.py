@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, logging
 
 from tiny import make_experts, tiny_base
 
-
 # a deadline would make the tests depend on how busy the machine is
 settings.register_profile("xloom", deadline=None)
 settings.load_profile("xloom")

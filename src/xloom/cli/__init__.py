@@ -56,7 +56,7 @@ def demo(
     folder: Annotated[Path, typer.Option(help="Where everything is kept; run again to go on from there.")] = Path(
         "runs/demo"
     ),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of each expert, of 8 rows.")] = 100,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each expert, of 8 rows.")] = 120,
     head_steps: Annotated[int, typer.Option(min=1, help="Training steps of the head, of 8 rows.")] = 60,
     items: Annotated[int, typer.Option(min=1, help="Held-out items per domain.")] = 60,
 ) -> None:
