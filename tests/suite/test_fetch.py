@@ -1,5 +1,6 @@
 import errno
 import hashlib
+import shutil
 import stat
 import zipfile
 from collections import namedtuple
@@ -200,3 +201,27 @@ def test_extract_member_writes_all_or_nothing(wheel: Path, tmp_path: Path) -> No
         extract_member(wheel, "data/table.csv", target, "00")
     assert target.read_text() == "older"
     assert list(target.parent.iterdir()) == [target]
+
+
+def test_looking_at_a_folder_that_others_change(tmp_path):
+    """pip makes and removes folders all the time while the size of its download is looked at."""
+    import threading
+
+    from xloom.suite.fetch import _largest_file
+
+    (tmp_path / "wheel").write_bytes(b"x" * 100)
+    stop = threading.Event()
+
+    def churn() -> None:
+        while not stop.is_set():
+            deep = tmp_path / "a" / "b" / "c"
+            deep.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(tmp_path / "a", ignore_errors=True)
+
+    worker = threading.Thread(target=churn)
+    worker.start()
+    try:
+        assert {_largest_file(tmp_path) for _ in range(3000)} == {100}
+    finally:
+        stop.set()
+        worker.join()

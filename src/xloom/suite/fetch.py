@@ -196,9 +196,10 @@ def _copy(source: IO[bytes], target: Path, tick: Tick) -> str:
 
 def _largest_file(folder: Path) -> int:
     sizes = [0]
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # pip may move it between the listing and the look
-            sizes.append(path.stat().st_size if path.is_file() else 0)
+    for parent, _, files in os.walk(folder):  # passes over folders that vanish, as pip's do, which rglob does not
+        for file in files:
+            with contextlib.suppress(OSError):
+                sizes.append(os.stat(os.path.join(parent, file)).st_size)
     return max(sizes)
 
 
