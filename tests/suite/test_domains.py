@@ -25,7 +25,7 @@ from xloom.suite.fetch import CRABNET
 from xloom.suite.reserved import is_reserved
 from xloom.suite.tables import Item, parse_formula, reduce_formula
 
-MEMBER = "crabnet/data/matbench/expt_is_metal.csv"
+MEMBER = "crabnet/data/benchmark_data/mp_bulk_modulus/{}.csv"
 SIZES = {"train": 60, "valid": 10, "test": 10}
 ELEMENTS = ["Ag", "Al", "B", "C", "Ca", "Cl", "Fe", "Ge", "K", "Mg", "Na", "O", "S", "Si", "Zn"]
 
@@ -42,7 +42,8 @@ class Store:
     def __init__(self, folder: Path, lines: list[str]) -> None:
         self.calls, self.wheel = 0, folder / "table.whl"
         with zipfile.ZipFile(self.wheel, "w") as archive:
-            archive.writestr(MEMBER, "\n".join(["formula,target", *lines, ""]))
+            for part, found in (("train", lines[::2]), ("val", lines[1::4]), ("test", lines[3::4])):
+                archive.writestr(MEMBER.format(part), "\n".join(["formula,target", *found, ""]))
 
     def __call__(self, package: object, progress: object) -> Path:
         assert package is CRABNET
@@ -78,7 +79,7 @@ def test_rows_are_chats_with_short_answers(store: Store, tmp_path: Path) -> None
         assert len(found) == size
         for row in found:
             formula = formula_in(row)
-            answer = "metal" if formulas().index(formula) % 2 else "insulator"
+            answer = "stiff" if formulas().index(formula) % 2 else "soft"
             assert row == {
                 "prompt": [{"role": "user", "content": row["prompt"][0]["content"]}],
                 "completion": [{"role": "assistant", "content": answer}],
@@ -91,7 +92,7 @@ def test_rows_are_chats_with_short_answers(store: Store, tmp_path: Path) -> None
 def test_no_reserved_row_and_no_shared_group(store: Store, tmp_path: Path) -> None:
     files = build_domain("materials", tmp_path / "out", train=400, valid=400, test=400, fetcher=store)
     written = [(split, formula_in(row)) for split, found in splits(files).items() for row in found]
-    assert len({formula for _, formula in written}) == len(written) > 250
+    assert len({formula for _, formula in written}) == len(written) > 200
     assert not any(is_reserved(formula) or is_reserved(reduce_formula(formula)) for _, formula in written)
     homes: dict[str, set[str]] = {}
     for split, formula in written:
@@ -165,8 +166,8 @@ def test_notes_in_a_built_folder_are_not_deleted(store: Store, tmp_path: Path) -
 
 
 def test_a_table_without_an_answer_is_refused(tmp_path: Path) -> None:
-    store = Store(tmp_path, [f"{formula},1" for formula in formulas()])
-    with pytest.raises(DataError, match="materials: the table leaves no train rows with every one of metal, insulator"):
+    store = Store(tmp_path, [f"{formula},1" for formula in formulas()[:2]])
+    with pytest.raises(DataError, match="materials: the table leaves no train rows with every one of soft, stiff"):
         build_domain("materials", tmp_path / "out", **SIZES, fetcher=store)
     assert not (tmp_path / "out").exists()
 
@@ -174,8 +175,8 @@ def test_a_table_without_an_answer_is_refused(tmp_path: Path) -> None:
 def test_bad_arguments_are_refused_before_any_fetch(store: Store, tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="no demo domain 'metals'; there are materials, peptides, solubility"):
         build_domain("metals", tmp_path / "out", fetcher=store)
-    with pytest.raises(DataError, match="solubility: valid=2, expected at least one row for each of 3 answers"):
-        build_domain("solubility", tmp_path / "out", valid=2, fetcher=store)
+    with pytest.raises(DataError, match="solubility: valid=1, expected at least one row for each of 2 answers"):
+        build_domain("solubility", tmp_path / "out", valid=1, fetcher=store)
     assert store.calls == 0
 
 

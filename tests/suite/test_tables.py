@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xloom.errors import DataError
+from xloom.suite.reserved import is_reserved
 from xloom.suite.tables import (
     kmers,
     parse_formula,
@@ -90,10 +91,25 @@ def test_relatives_are_grouped_and_strangers_are_not() -> None:
 
 
 def test_materials_rows() -> None:
-    items = read_materials({"crabnet/data/matbench/expt_is_metal.csv": b"formula,target\nAg(AuS)2,1\nGeO2,0\n"}.get)
-    assert [(item.text, item.key, item.group, item.label, item.other_keys) for item in items] == [
-        ("Ag(AuS)2", "AgAu2S2", "Ag-Au-S", "metal", ("Ag(AuS)2",)),
-        ("GeO2", "GeO2", "Ge-O", "insulator", ("GeO2",)),
+    """The thirds are of free rows; a mean counts once; a reserved row is known, and its value not even read."""
+    parts = {
+        "train": "Ag(AuS)2,1\nGeO2,9\nMgO,5\nNaCl,2\nGeO2,11\n",
+        "val": "Al2O3,8\nSr(AlH)2,4\n",
+        "test": "ZnS7,not a number\n",
+    }
+    assert is_reserved("S7Zn") or is_reserved("ZnS7")
+    read = {
+        f"crabnet/data/benchmark_data/mp_bulk_modulus/{part}.csv": f"formula,target\n{text}".encode()
+        for part, text in parts.items()
+    }
+    assert not any(is_reserved(f) or is_reserved(reduce_formula(f)) for f in ("Ag(AuS)2", "GeO2", "MgO", "NaCl"))
+    items = read_materials(read.__getitem__)
+    assert [(item.text, item.key, item.group, item.label, item.reserved) for item in items] == [
+        ("Ag(AuS)2", "AgAu2S2", "Ag-Au-S", "soft", False),
+        ("NaCl", "ClNa", "Cl-Na", "soft", False),
+        ("Al2O3", "Al2O3", "Al-O", "stiff", False),
+        ("GeO2", "GeO2", "Ge-O", "stiff", False),
+        ("ZnS7", "S7Zn", "S7Zn", "", True),
     ]
 
 

@@ -52,20 +52,24 @@ def read_materials(read: Read) -> list[Item]:
     """Compounds of the softest and of the stiffest third by computed bulk modulus (Materials Project).
 
     Key: the reduced formula, group: the set of elements. A formula with several values counts with their mean. The
-    thirds are those of the rows that are not reserved; the middle one is left out.
+    thirds are those of the rows that are not reserved, whose values are not read; the middle one is left out.
     """
     values: dict[str, list[float]] = defaultdict(list)
     formulas: dict[str, str] = {}
+    reserved: dict[str, str] = {}
     for part in ("train", "val", "test"):
         for formula, modulus in _csv(read(f"crabnet/data/benchmark_data/mp_bulk_modulus/{part}.csv"))[1:]:
             key = reduce_formula(formula)
-            if not is_reserved(key) and not is_reserved(formula):
+            if is_reserved(key) or is_reserved(formula):
+                reserved[key] = formula
+            else:
                 values[key].append(float(modulus))
                 formulas.setdefault(key, formula)
     ordered = sorted(values, key=lambda key: (sum(values[key]) / len(values[key]), key))
     third = len(ordered) // 3
     labels = dict.fromkeys(ordered[:third], "soft") | dict.fromkeys(ordered[len(ordered) - third :], "stiff")
-    return [Item(formulas[key], key, "-".join(parse_formula(key)), label) for key, label in labels.items()]
+    free = [Item(formulas[key], key, "-".join(parse_formula(key)), label) for key, label in labels.items()]
+    return free + [Item(formula, key, key, "", reserved=True) for key, formula in reserved.items()]
 
 
 def read_peptides(read: Read) -> list[Item]:
