@@ -1,6 +1,7 @@
 """What must always hold of the model: nothing changes behind its back, gradients are right, bad input has a name."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from tiny import make_expert, prompt, tiny_base
 from xloom import XLoraForCausalLM, errors, routers
+from xloom.files import read_tensors, write_tensors
 
 FIELDS = {"layerwise_scalings": True, "xlora_depth": 2, "xlora_size": 16, "xlora_dropout_p": 0.0}
 
@@ -296,3 +298,59 @@ def test_experts_on_embeddings_and_head(tmp_path, llama):
     first = model(ids[:, :3])
     rest = model(ids[:, 3:], past_key_values=first.past_key_values)
     torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), uncached, rtol=0, atol=1e-5)
+
+
+# --- loading leaves nothing behind and loses nothing ---
+
+
+def test_a_failed_load_gives_the_base_back(model, tmp_path, llama):
+    model.save_pretrained(tmp_path / "saved")
+    base = model.unload()
+    head = tmp_path / "saved" / "head.safetensors"
+    write_tensors(head, {k: v for k, v in read_tensors(head).items() if k != "layers.0.bias"})
+    for _ in range(2):
+        with pytest.raises(errors.MissingTensorsError, match=r"layers\.0\.bias"):
+            XLoraForCausalLM.from_pretrained(tmp_path / "saved", base=base)
+    assert not any(type(module).__name__ == "Site" for module in base.modules())
+
+
+def test_dtype_of_the_base(model, tmp_path):
+    model.save_pretrained(tmp_path / "saved", include_base=True)
+    load = XLoraForCausalLM.from_pretrained
+    assert load(tmp_path / "saved").dtype == torch.float32
+    assert load(tmp_path / "saved", dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert load(tmp_path / "saved", torch_dtype=torch.bfloat16).dtype == torch.bfloat16
+    again = load(tmp_path / "saved", dtype=torch.bfloat16)
+    assert again.head.dtype == torch.float32
+    again.save_pretrained(tmp_path / "again")
+    for name in model.experts:  # a 16-bit base computes in 16 bits, but does not round what is saved
+        file = f"experts/{name}/adapter_model.safetensors"
+        assert (tmp_path / "saved" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+    # a head that was trained on a 16-bit base finds it in 16 bits again
+    assert load(tmp_path / "again", base=str(tmp_path / "saved" / "base")).dtype == torch.bfloat16
+
+
+def test_more_than_ten_experts_from_peft(llama, tmp_path):
+    """PEFT sorts the keys of its file as text; the columns are in the order of the numbers."""
+    paths = {f"e{i}": make_expert(llama, tmp_path / str(i), i, r=1, target_modules=["q_proj"]) for i in range(11)}
+    model = XLoraForCausalLM.from_experts(llama, paths, layerwise_scalings=True)
+    ids = prompt(1, 5)
+    expected = model(ids).logits
+    model.save_pretrained(tmp_path / "peft", format="peft")
+    file = tmp_path / "peft" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    del config["xloom"]
+    file.write_text(json.dumps(config, sort_keys=True))
+    again = XLoraForCausalLM.from_pretrained(tmp_path / "peft", base=model.unload())
+    assert again.experts == tuple(map(str, range(11)))
+    assert torch.equal(again(ids).logits, expected)
+
+
+def test_an_early_gate_where_the_decoder_projects(tmp_path):
+    base = tiny_base("opt", word_embed_proj_dim=16)
+    expert = make_expert(base, tmp_path / "e", r=2, target_modules=["q_proj"])
+    for fields, size in (({"gate_at_layer": 1, "drop_sites_below_gate": True}, 32), ({}, 16)):
+        model = XLoraForCausalLM.from_experts(base, {"a": expert}, **fields)
+        assert model.head.linears[0].in_features == size
+        assert model(prompt(1, 4)).logits.shape == (1, 4, 64)
+        model.unload()

@@ -88,15 +88,19 @@ def check_base(model: nn.Module) -> None:
         raise UnsupportedArchitectureError(f"{kind}: carries a mixture of experts already; unload() it first")
     if getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config"):
         raise UnsupportedArchitectureError(f"{kind}: carries PEFT adapters; pass the plain base and name the adapters")
-    layer_types(model.config.get_text_config(decoder=True))
+    if model.config.get_text_config(decoder=True) is not model.config:
+        raise UnsupportedArchitectureError(f"{kind}: a model with other inputs beside text; load its text model alone")
+    if model.device.type != "meta" and any(p.device.type == "meta" for p in model.parameters()):
+        raise UnsupportedArchitectureError(f"{kind}: parts are offloaded; use a device_map that keeps all on devices")
+    layer_types(model.config)
 
 
-def hidden_size(model: PreTrainedModel) -> int:
-    """Size of the hidden state that leaves the decoder, and enters every layer."""
+def hidden_size(model: PreTrainedModel, *, gated: bool) -> int:
+    """Size of the hidden state that the head reads: what leaves the decoder, or with an early gate enters a layer."""
     text = model.config.get_text_config(decoder=True)
-    # OPT-350m's decoder projects its last state down to the embedding size; the head reads what leaves it.
-    size = getattr(text, "word_embed_proj_dim", None) or text.hidden_size
-    return int(size)
+    # OPT-350m's decoder projects its last state down to the embedding size.
+    leaving = getattr(text, "word_embed_proj_dim", None) or text.hidden_size
+    return int(text.hidden_size if gated else leaving)
 
 
 def fit_experts(

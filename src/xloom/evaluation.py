@@ -13,6 +13,7 @@ import torch
 from xloom.model import XLoraForCausalLM
 from xloom.routers import Router
 from xloom.training.data import Row, tokenise
+from xloom.training.run import pad_id
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,15 @@ def answers(
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
     """Greedy answers, of at most as many tokens as the longest right one needs, in the order of the rows."""
+    if not rows:
+        return []
     encoded = [tokenise(row, tokenizer) for row in rows]
     prompts = [ids[:start] for ids, start in encoded]
     longest = max(len(ids) - start for ids, start in encoded)
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = pad_id(tokenizer)
+    own = model.generation_config.eos_token_id if model.generation_config else None
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
     out = [""] * len(rows)
     for start in range(0, len(rows), batch_size):
         batch = order[start : start + batch_size]
@@ -73,7 +78,7 @@ def answers(
             max_new_tokens=longest,
             do_sample=False,
             pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=sorted(ends),
         )
         for i, text in zip(batch, tokenizer.batch_decode(done[:, width:], skip_special_tokens=True), strict=True):
             out[i] = text.strip()

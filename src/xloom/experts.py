@@ -126,6 +126,11 @@ class Expert:
             raise NoMatchingSiteError(f"{source}: holds no LoRA tensors")
         return cls(source, dict(config), modules)
 
+    def is_exact_in(self, dtype: torch.dtype) -> bool:
+        """True if casting to `dtype` loses nothing by kind: same dtype, or a wider one."""
+        kinds = {low.A_RI.dtype for low in self.modules.values()} | {low.B_OR.dtype for low in self.modules.values()}
+        return all(torch.promote_types(kind, dtype) == dtype for kind in kinds)
+
     def tensors(self) -> dict[str, Tensor]:
         """The weights under PEFT's key names: what `from_tensors` reads."""
         out: dict[str, Tensor] = {}

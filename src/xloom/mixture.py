@@ -32,8 +32,6 @@ from xloom.experts import Expert, LowRank
 class Router(ABC):
     """Who gives the scalings. Every site asks at every forward."""
 
-    needs_hidden = False  # True: it first sees the hidden state of the scaling pass, see routers.HiddenStateRouter
-
     @abstractmethod
     def scalings(self, site: "Site", x: Tensor) -> Tensor | None:
         """Weights of the experts at one site: [*leading, N], or None for "add nothing".
@@ -248,9 +246,10 @@ class Mixture:
         self.router: Router | None = None
         self._record: dict[int, Tensor] | None = None
         self.sites: list[Site] = []
-        self._install(experts, trainable, dtype or _float_dtype(base))
+        self.dtype = dtype or _float_dtype(base)
+        self._install(experts, trainable)
 
-    def _install(self, experts: Mapping[str, Expert], trainable: bool, dtype: torch.dtype) -> None:
+    def _install(self, experts: Mapping[str, Expert], trainable: bool) -> None:
         adapted = {name for expert in experts.values() for name in expert.modules}
         # The order in which the base registers its modules, not that of execution: it numbers the scalings' S axis.
         homes = [(name, module) for name, module in self.base.named_modules() if name in adapted]
@@ -263,7 +262,7 @@ class Mixture:
         made = []  # all of them before any is put in: a refusal leaves the base as it was
         for index, (name, module) in enumerate(homes):
             here = [expert.modules.get(name) for expert in experts.values()]
-            made.append(Site(module, name, index, here, self, dtype=dtype, trainable=trainable))
+            made.append(Site(module, name, index, here, self, dtype=self.dtype, trainable=trainable))
         self.put_back(made)
 
     def remove(self) -> None:

@@ -33,7 +33,7 @@ from xloom.trace import ScalingsLog
 
 @dataclass
 class XLoraOutput(CausalLMOutputWithPast):
-    """A causal model's output, and `scalings` [B, T, S, N]: what the sites multiplied their experts by, after top-k.
+    """A causal model's output, and `scalings` [B, T, S, N]: the experts' weights at every site, after top-k.
 
     `aux_loss` is a mixture-of-experts base's own balancing loss, where it has one.
     """
@@ -78,6 +78,11 @@ class XLoraForCausalLM(PreTrainedModel, GenerationMixin):
         self.base = base
         self.expert_configs: dict[str, Mapping[str, Any]] = {name: dict(e.config) for name, e in experts.items()}
         self.mixture = Mixture(base, experts, trainable=config.use_trainable_adapters)
+        self.mixture.global_weight = config.global_scaling_weight
+        # An expert that the base's dtype rounds is kept as it was read, to be saved as it was read.
+        self._rounded: dict[str, Expert] = {}
+        if not config.use_trainable_adapters:
+            self._rounded = {n: e for n, e in experts.items() if not e.is_exact_in(self.mixture.dtype)}
         config.sites = [site.name for site in self.mixture.sites]
         self.base.requires_grad_(False)
         if config.use_trainable_adapters:
@@ -89,7 +94,8 @@ class XLoraForCausalLM(PreTrainedModel, GenerationMixin):
         )
         # Small and decisive: the head stays in full precision whatever the base is stored in.
         dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
-        self.head = ScalingHead(config, architecture.hidden_size(base), dtype).to(base.device)
+        size = architecture.hidden_size(base, gated=config.gate_at_layer is not None)
+        self.head = ScalingHead(config, size, dtype).to(base.device)
         self._adapts_lm_head = any(site is base.get_output_embeddings() for site in self.mixture.sites)
         self._takes_positions = "position_ids" in inspect.signature(base.base_model.forward).parameters
         self._router: Router = XLora()
@@ -136,14 +142,16 @@ class XLoraForCausalLM(PreTrainedModel, GenerationMixin):
             base_model_name_or_path=where,
             base_revision=base_options.get("revision"),
             experts=list(experts),
+            dtype=model.dtype,
             **fields,
         )
-        found = architecture.hidden_size(model)
+        found = architecture.hidden_size(model, gated=config.gate_at_layer is not None)
         if hidden_size not in (None, found):
             raise ConfigError(f"hidden_size={hidden_size}, but the base's hidden size is {found}")
         fitted = architecture.fit_experts(model, read, config.gate_at_layer, drop_sites_below_gate)
         made = cls(config, model, fitted)
-        architecture.check(made)
+        with made._unloaded_on_failure():
+            architecture.check(made)
         return made
 
     @classmethod
@@ -168,7 +176,9 @@ class XLoraForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             XLoomError: one of its children says which file, tensor or field is wrong.
         """
-        for key in ("config", "adapter_kwargs", "_from_auto", "use_safetensors", "weights_only", "torch_dtype"):
+        if (dtype := options.pop("torch_dtype", None)) is not None:  # the older name
+            options.setdefault("dtype", dtype)
+        for key in ("config", "adapter_kwargs", "_from_auto", "use_safetensors", "weights_only"):
             options.pop(key, None)  # what the Auto classes pass beside; the config is in the same folder
         unknown = set(options) - architecture.BASE_OPTIONS
         if unknown:
@@ -177,16 +187,19 @@ class XLoraForCausalLM(PreTrainedModel, GenerationMixin):
         source = base if base is not None else checkpoints.locate_base(saved)
         if saved.config.base_revision and base is None:
             options.setdefault("revision", saved.config.base_revision)
+        if saved.config.dtype is not None and not isinstance(source, PreTrainedModel):
+            options.setdefault("dtype", saved.config.dtype)  # the head was trained on the base in this dtype
         model, where = architecture.load_base(source, options)
         architecture.check_same_base(saved.config, model)
-        config = XLoraConfig(**{**saved.config.to_dict(), "base_config": model.config})
+        config = XLoraConfig(**{**saved.config.to_dict(), "base_config": model.config, "dtype": model.dtype})
         config.base_model_name_or_path = where or saved.config.base_model_name_or_path
         fitted = architecture.fit_experts(model, saved.experts, config.gate_at_layer, drop=False)
         made = cls(config, model, fitted)
-        checkpoints.check_sites(saved, made.sites)
-        made.head.load_state_dict(checkpoints.checked_head(saved, made.head.state_dict()))
-        made.name_or_path = str(pretrained_model_name_or_path)
-        architecture.check(made)
+        with made._unloaded_on_failure():
+            checkpoints.check_sites(saved, made.sites)
+            made.head.load_state_dict(checkpoints.checked_head(saved, made.head.state_dict()))
+            made.name_or_path = str(pretrained_model_name_or_path)
+            architecture.check(made)
         return made
 
     def save_pretrained(
@@ -229,7 +242,7 @@ class XLoraForCausalLM(PreTrainedModel, GenerationMixin):
     def _as_saved(self) -> checkpoints.Saved:
         by_site = self.mixture.experts_of_sites()
         experts = {
-            name: Expert(name, self.expert_configs[name], modules)
+            name: self._rounded.get(name) or Expert(name, self.expert_configs[name], modules)
             for name, modules in zip(self.experts, by_site, strict=True)
         }
         return checkpoints.Saved(self.config, dict(self.head.state_dict()), experts)
@@ -248,8 +261,17 @@ class XLoraForCausalLM(PreTrainedModel, GenerationMixin):
             if self._gate_layer is not None:
                 self._gate_layer.put_back()
 
+    @contextmanager
+    def _unloaded_on_failure(self) -> Iterator[None]:
+        """The caller's base does not keep the sites of a model that was never handed over."""
+        try:
+            yield
+        except BaseException:
+            self.unload()
+            raise
+
     def unload(self) -> PreTrainedModel:
-        """Takes the experts out for good and gives the base back, as it was."""
+        """Takes the experts out for good and gives the base back: its own modules and weights, still frozen."""
         if self._gate_layer is not None:
             self._gate_layer.remove()
         self.mixture.remove()
@@ -428,6 +450,12 @@ class XLoraForCausalLM(PreTrainedModel, GenerationMixin):
 
         with self._gate_layer.watched_by(on_hidden):
             yield
+
+    def positions(self, attention_mask: Tensor) -> dict[str, Tensor]:
+        """`position_ids` [B, T] of left-padded rows as a keyword, or nothing where the base takes none."""
+        if not self._takes_positions:
+            return {}
+        return {"position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0)}
 
     def _real_tokens(self, attention_mask: Any, tokens: tuple[int, int]) -> Tensor:
         device = self.head.linears[0].weight.device

@@ -95,8 +95,6 @@ class Precomputed(Router):
 class HiddenStateRouter(Router):
     """A router that decides for all sites at once from logits [B, T, S, C] that the model's head gives."""
 
-    needs_hidden = True
-
     @abstractmethod
     def decide(self, logits_BTSC: Tensor, config: XLoraConfig, experts: Sequence[str]) -> Tensor:
         """Scalings [B, T, S, N]."""

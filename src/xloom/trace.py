@@ -69,6 +69,8 @@ class ScalingsLog:
 
     def shares(self) -> dict[str, float]:
         """Mean weight of every expert over all tokens and sites held."""
+        if not self._entries:
+            return dict.fromkeys(self.experts, 0.0)
         total = torch.stack([entry.double().sum(dim=(0, 1, 2)) for entry in self._entries]).sum(dim=0)
         mean = total / (self._held * len(self.sites))
         return dict(zip(self.experts, mean.tolist(), strict=True))

@@ -82,7 +82,7 @@ def test_problems_of_an_expert_recipe(project: Path, changes: dict[str, object],
     [
         ({"head": {"xlora_dept": 2}}, "head: unknown field 'xlora_dept' (did you mean 'xlora_depth'?)"),
         ({"head": {"xlora_depth": 0}}, "head: xlora_depth must be at least 1, found 0"),
-        ({"head": {"sites": []}}, "head: sites follows from the rest of the recipe: leave it out"),
+        ({"head": {"sites": []}}, "head: sites: follows from the base and the experts; leave it out"),
         ({"experts": {"up": "experts/gone"}},
          "experts.up: expected a LoRA folder or a hub id, found nothing at {project}/experts/gone"),
         ({"valid": {"up": ["no.jsonl"]}}, "valid.up: expected a JSONL file, found nothing at {project}/no.jsonl"),

@@ -93,3 +93,10 @@ def test_the_plan_covers_every_row_in_full_batches_of_like_length() -> None:
     assert max(spreads) <= 4
     assert plan == plan_batches(lengths, 8, 100, seed=1) != plan_batches(lengths, 8, 100, seed=2)
     assert len(plan_batches([1, 2, 3], batch_size=8, batches=2, seed=0)) == 16
+
+
+def test_another_encoding_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes('{"prompt": "é", "completion": "x"}\n'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"rows\.jsonl: expected UTF-8"):
+        list(read_rows(path))

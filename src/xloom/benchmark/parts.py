@@ -53,7 +53,7 @@ def make_parts(base: PreTrainedModel, folder: Path, *, experts: int, rank: int) 
     folders = {f"expert{i}": str(folder / str(i)) for i in range(experts)}
     for path in folders.values():
         _write_expert(Path(path), linears, rank, generator)
-    width = architecture.hidden_size(base)
+    width = architecture.hidden_size(base, gated=False)
     bound = 1 / math.sqrt(width)
     weight = OPINION * bound * (2 * torch.rand(len(linears) * experts, width, generator=generator) - 1)
     bias = bound * (2 * torch.rand(len(linears) * experts, generator=generator) - 1)

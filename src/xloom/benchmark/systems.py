@@ -80,7 +80,7 @@ def _peft(parts: Parts) -> System:
     base.config.use_cache = False
     config = XLoraConfig(
         task_type="CAUSAL_LM",
-        hidden_size=architecture.hidden_size(base),
+        hidden_size=architecture.hidden_size(base, gated=False),
         # PEFT names experts by position; any other key fails at its first forward
         adapters={str(i): folder for i, folder in enumerate(parts.expert_folders.values())},
         layerwise_scalings=True,

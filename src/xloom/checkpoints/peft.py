@@ -34,6 +34,9 @@ def read(folder: Path, moved: Mapping[str, str | Path]) -> Saved:
         raise TruncatedFileError(f"{folder / CONFIG_FILE}: names no adapters")
     if unknown := set(moved) - set(adapters):
         raise NotFoundError(f"experts {sorted(unknown)}: {folder / CONFIG_FILE} names {sorted(adapters)}")
+    if all(name.isdigit() for name in adapters):
+        # PEFT sorts the file's keys as text: "0", "1", "10", "2"; columns are in the order of the numbers.
+        adapters = dict(sorted(adapters.items(), key=lambda item: int(item[0])))
     with naming(folder / CONFIG_FILE):
         note = raw.get("xloom", {})
         labels = note.get("experts", list(adapters)) if isinstance(note, dict) else None

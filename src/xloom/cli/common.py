@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from xloom.errors import ConfigError, PromptError, XLoomError
 from xloom.model import XLoraForCausalLM
@@ -27,7 +28,7 @@ def quiet() -> None:
 def load(path: str, base: str | None, console: Console) -> tuple[XLoraForCausalLM, Any]:
     """A model and its tokenizer, from the model's folder or from its base."""
     quiet()
-    with console.status(f"loading {path}"):
+    with console.status(escape(f"loading {path}")):
         model = XLoraForCausalLM.from_pretrained(path, base=base)
         return model, load_tokenizer(path, model.config.base_model_name_or_path)
 

@@ -17,6 +17,7 @@ from xloom.files import read_json
 from xloom.model import XLoraForCausalLM
 from xloom.routers import BaseOnly, Router, Single, Uniform, XLora
 from xloom.suite.base_model import BUILTIN_BASE, builtin_base
+from xloom.suite.disk import file_sha256
 from xloom.suite.domains import DOMAINS, DomainFiles, build_domain
 from xloom.training.data import Row, read_rows
 from xloom.training.expert import train_expert
@@ -42,10 +43,11 @@ def run(folder: Path, *, expert_steps: int, head_steps: int, items: int) -> list
     _say(console, 3, f"the head that mixes them, {head_steps} steps; base and experts stay as they are")
     path = train_head(_head_recipe(folder, domains, experts, head_steps))
 
-    _say(console, 4, f"greedy answers to {items} held-out items per domain")
+    held_out = {name: list(read_rows(files.test))[:items] for name, files in domains.items()}
+    counts = sorted({len(rows) for rows in held_out.values()})
+    _say(console, 4, f"greedy answers to {' to '.join(map(str, counts))} held-out items per domain")
     model = XLoraForCausalLM.from_pretrained(path)
     tokenizer = load_tokenizer(str(path))
-    held_out = {name: list(read_rows(files.test))[:items] for name, files in domains.items()}
     scores = _scores(model, tokenizer, held_out, folder, console)
     console.print(score_table(scores, held_out))
 
@@ -94,7 +96,8 @@ def _scores(
     """Scores of every router; kept, so that a second run only prints them."""
     kept = folder / "scores.json"
     asked = {name: len(rows) for name, rows in held_out.items()}
-    identity = {"head": read_json(folder / "model" / "training.json")["sha256"], "items": asked}
+    files = [folder / "model" / "head.safetensors", *(folder / "data" / name / "test.jsonl" for name in held_out)]
+    identity = {"items": asked, "sha256": [file_sha256(file) for file in files]}
     if kept.is_file() and (found := read_json(kept)).get("identity") == identity:
         return [Score(r["router"], r["domain"], round(r["score"] * r["items"]), r["items"]) for r in found["rows"]]
     routers: dict[str, Router] = {"base": BaseOnly()}

@@ -46,7 +46,7 @@ def inspect_paths(paths: Sequence[str], *, base: str | None, list_sites: bool, j
     if list_sites:
         console.print(_site_table(sites, list(experts)))
     for problem in problems:
-        console.print(f"problem: {problem}", style="red", soft_wrap=True)
+        console.print(f"problem: {problem}", style="red", soft_wrap=True, markup=False)
     write_result(json_path, {"what": "inspect", "rows": rows, "sites": sites, "problems": problems})
     return 2 if problems else 0
 

@@ -16,6 +16,7 @@ from xloom.cli.common import BASE_COLOUR, PALETTE, encode, load, parse_router, w
 from xloom.errors import XLoomError
 from xloom.model import XLoraForCausalLM
 from xloom.trace import ScalingsLog
+from xloom.training.run import pad_id
 
 BASE_LABEL = "base"
 
@@ -112,12 +113,14 @@ def write_one(model: XLoraForCausalLM, tokenizer: Any, ids: Tensor, sampling: Sa
     """Generates one answer, printing it while it comes."""
     written = Written(model.experts)
     torch.manual_seed(sampling.seed)
-    end = model.generation_config.eos_token_id if model.generation_config else None
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end[0] if isinstance(end, list) else end)
+    options = sampling.options()
+    window = getattr(model.config.base_text_config, "max_position_embeddings", None)
+    if window is not None:
+        options["max_new_tokens"] = min(options["max_new_tokens"], window - ids.shape[1])
     with model.logging_scalings() as log:
         streamer = ColouredStreamer(tokenizer, log, written, console)
         model.generate(
-            ids, attention_mask=torch.ones_like(ids), streamer=streamer, pad_token_id=pad, **sampling.options()
+            ids, attention_mask=torch.ones_like(ids), streamer=streamer, pad_token_id=pad_id(tokenizer), **options
         )
     return written
 
@@ -197,7 +200,7 @@ def chat_loop(path: str, *, base: str | None, router: str, sampling: Sampling, s
                 console.print(share_table(written))
                 messages += [{"role": "user", "content": line}, {"role": "assistant", "content": written.text}]
         except XLoomError as error:  # a slip in one line should not end the conversation
-            console.print(f"{error}", style="red")
+            console.print(str(error), style="red", markup=False)
 
 
 def _rounded(value: float) -> float:

@@ -29,7 +29,7 @@ Fetcher = Callable[[Package, "Progress | None"], Path]
 
 SPLITS = ("train", "valid", "test")
 TEST_SHARE = VALID_SHARE = 0.15  # of the groups
-FORMAT = 2  # raised when rows change, so that an older folder is built anew
+FORMAT = 3  # raised when rows change, so that an older folder is built anew
 
 
 @dataclass(frozen=True)

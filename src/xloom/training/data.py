@@ -72,10 +72,13 @@ def read_rows(path: Path) -> Iterator[Row]:
     Raises:
         DataError: with file:line, what was expected and what was found.
     """
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield _parse(line, f"{path}:{number}")
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield _parse(line, f"{path}:{number}")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected UTF-8, found another encoding ({error.reason})") from None
 
 
 def read_examples(
@@ -98,9 +101,8 @@ def read_examples(
             found.duplicates += (domain, ids) in seen
             seen.add((domain, ids))
             found.items.append(Example(ids, start, domain))
-    if not found.items:
-        where = names(path for paths in files.values() for path in paths)
-        raise DataError(f"{where}: expected rows of at most {max_length} tokens, found none ({found})")
+        if not any(item.domain == domain for item in found.items):
+            raise DataError(f"{names(paths)}: expected rows of at most {max_length} tokens, found none ({found})")
     return found
 
 

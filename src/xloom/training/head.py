@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from xloom.config import XLoraConfig
-from xloom.experts import WEIGHTS_FILE
+from xloom.experts import CONFIG_FILE, WEIGHTS_FILE
 from xloom.files import fetch_folder
 from xloom.gating import scaling_pass_scalings
 from xloom.model import XLoraForCausalLM
@@ -177,9 +177,11 @@ def hidden_statistics(
         batch = collate(examples[start : start + batch_size], pad_id)
         ids, mask = (batch[key].to(like.device) for key in ("input_ids", "attention_mask"))
         with torch.no_grad(), model.mixture.routed_by(router):
-            out = model.base.base_model(ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
+            out = model.base.base_model(
+                ids, attention_mask=mask, use_cache=False, output_hidden_states=True, **model.positions(mask)
+            )
         hidden_BTD = out.last_hidden_state if gate_at is None else out.hidden_states[gate_at]
-        real_ND = hidden_BTD[mask.bool()].double()
+        real_ND = hidden_BTD[mask.bool()].cpu().double()
         count += len(real_ND)
         total_D = total_D.to(real_ND.device) + real_ND.sum(dim=0)
         squares_D = squares_D.to(real_ND.device) + real_ND.square().sum(dim=0)
@@ -188,5 +190,6 @@ def hidden_statistics(
 
 
 def _weights(sources: dict[str, str]) -> dict[str, Path]:
-    files = {name: fetch_folder(source) / WEIGHTS_FILE for name, source in sources.items()}
+    folders = {name: fetch_folder(source) for name, source in sources.items()}
+    files = {f"{name}/{file}": folders[name] / file for name in folders for file in (CONFIG_FILE, WEIGHTS_FILE)}
     return {f"experts.{name}": path for name, path in files.items() if path.is_file()}

@@ -11,7 +11,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
@@ -167,8 +167,6 @@ class HeadRecipe(Recipe):
     zero_init: bool = True
     learning_rate: Annotated[float, Field(gt=0)] = 5e-3
 
-    _elsewhere: ClassVar = ("base_config", "base_model_name_or_path", "base_revision", "experts", "sites")
-
     def data_files(self) -> dict[str, tuple[str, ...]]:
         return {f"{key}.{domain}": v for key in ("data", "valid") for domain, v in getattr(self, key).items()}
 
@@ -183,8 +181,10 @@ class HeadRecipe(Recipe):
         for name, word in self.experts.items():
             try:
                 fetch_folder(self.expert_source(name))
-            except XLoomError:
-                self.refuse(f"experts.{name}", "a LoRA folder or a hub id", f"nothing at {self.path(word)}")
+            except XLoomError as error:
+                path = self.path(word)
+                found = f"nothing at {path}" if path.parent.is_dir() else str(error)
+                self.refuse(f"experts.{name}", "a LoRA folder or a hub id", found)
         if self.routing_weight and not set(self.data) & set(self.experts):
             self.refuse(
                 "routing_weight",
@@ -196,8 +196,6 @@ class HeadRecipe(Recipe):
         try:
             check_expert_names(list(self.experts))
             check_field_names(list(self.head))
-            if taken := [key for key in self.head if key in self._elsewhere]:
-                raise RecipeError(f"{names(taken)} follows from the rest of the recipe: leave it out")
             config = XLoraConfig(**self.head, experts=list(self.experts))
         except XLoomError as error:
             raise RecipeError(f"{self.where}: head: {error}") from None

@@ -76,7 +76,8 @@ class Run:
 
     def publish(self, write: Callable[[Path], None], results: Mapping[str, Any]) -> Path:
         """Writes the result and its record, and removes the work folder."""
-        with new_folder(self.output) as folder:
+        old = [item.name for item in self.output.iterdir()] if self.output.is_dir() else []
+        with new_folder(self.output, replaces=old) as folder:
             write(folder)
             write_json(folder / RECORD, {**self.identity, **results})
         shutil.rmtree(self.work, ignore_errors=True)
@@ -96,7 +97,7 @@ class Run:
     def settings(self) -> TrainingArguments:
         """The recipe as transformers' TrainingArguments: AdamW, cosine, gradients clipped to norm 1."""
         recipe = self.recipe
-        return TrainingArguments(
+        made = TrainingArguments(
             output_dir=str(self.work),
             max_steps=recipe.max_steps,
             per_device_train_batch_size=recipe.batch_size,
@@ -124,6 +125,11 @@ class Run:
             log_level="error",
             use_cpu=not torch.accelerator.is_available(),
         )
+        if made.world_size > 1:
+            recipe.refuse("launch", "one process", f"{made.world_size}")
+        if made.n_gpu > 1:
+            made._n_gpu = 1  # batches are planned for one device
+        return made
 
     @contextmanager
     def bar(self) -> Iterator[list[TrainerCallback]]:
