@@ -154,6 +154,8 @@ BenchBase = Annotated[str, typer.Option("--base", help="Path, hub id, built-in n
 SystemOption = Annotated[list[str] | None, typer.Option(help="Only these systems; may be given more than once.")]
 ExpertsOption = Annotated[int, typer.Option(min=1, help="Number of experts.")]
 RankOption = Annotated[int, typer.Option(min=1, help="Rank of every expert.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, ...")]
+DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")]
 RoundsOption = Annotated[int, typer.Option(min=1, help="Rounds, in each of which every system runs once.")]
 
 
@@ -166,12 +168,14 @@ def bench_decode(
     new_tokens: Annotated[list[int], typer.Option(help="May be given more than once.")] = [64, 256],  # noqa: B006
     rounds: RoundsOption = 3,
     system: SystemOption = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
     json: JsonOption = None,
 ) -> None:
     """Time per new token: base with KV cache, xloom, PEFT X-LoRA; same weights, in turn."""
     from xloom.cli.bench import decode
 
-    decode(base, experts, rank, prompt_tokens, new_tokens, rounds, system, json)
+    decode(base, experts, rank, prompt_tokens, new_tokens, rounds, system, device, dtype, json)
 
 
 @bench.command("prefill")
@@ -182,12 +186,14 @@ def bench_prefill(
     prompt_tokens: Annotated[list[int], typer.Option(help="May be given more than once.")] = [32, 128, 512],  # noqa: B006
     rounds: RoundsOption = 3,
     system: SystemOption = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
     json: JsonOption = None,
 ) -> None:
     """Time to read a prompt: base, xloom, PEFT X-LoRA; same weights, in turn."""
     from xloom.cli.bench import prefill
 
-    prefill(base, experts, rank, prompt_tokens, rounds, system, json)
+    prefill(base, experts, rank, prompt_tokens, rounds, system, device, dtype, json)
 
 
 def main() -> None:

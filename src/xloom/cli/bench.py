@@ -17,6 +17,8 @@ def decode(
     new_tokens: Sequence[int],
     rounds: int,
     systems: Sequence[str] | None,
+    device: str,
+    dtype: str,
     json: Path | None,
 ) -> None:
     _run(
@@ -28,6 +30,8 @@ def decode(
             new_tokens=new_tokens,
             rounds=rounds,
             systems=systems or SYSTEMS,
+            device=device,
+            dtype=dtype,
             progress=say,
         ),
         json,
@@ -41,6 +45,8 @@ def prefill(
     prompt_tokens: Sequence[int],
     rounds: int,
     systems: Sequence[str] | None,
+    device: str,
+    dtype: str,
     json: Path | None,
 ) -> None:
     _run(
@@ -51,6 +57,8 @@ def prefill(
             prompt_tokens=prompt_tokens,
             rounds=rounds,
             systems=systems or SYSTEMS,
+            device=device,
+            dtype=dtype,
             progress=say,
         ),
         json,
