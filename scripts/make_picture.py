@@ -20,7 +20,7 @@ def main(demo: Path, picture: Path) -> None:
         row = next(read_rows(demo / "data" / name / "test.jsonl"))
         assert not isinstance(row.prompt, str)
         prompts.append(row.prompt[-1]["content"])
-    console = Console(record=True, width=72, file=io.StringIO(), force_terminal=True)
+    console = Console(record=True, width=72, file=io.StringIO(), force_terminal=False)
     generate_texts(
         str(demo / "model"),
         prompts,
