@@ -1,6 +1,6 @@
 """Draw docs/generate.svg: what `xloom generate` prints for one held-out prompt of each demo domain.
 
-    python scripts/make_picture.py runs/demo docs/generate.svg        (after `xloom demo`)
+python scripts/make_picture.py runs/demo docs/generate.svg        (after `xloom demo`)
 """
 
 import io
