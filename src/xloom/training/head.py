@@ -61,7 +61,7 @@ def train_head(recipe: HeadRecipe, *, progress: bool = True) -> Path:
             else Examples()
             for part in (recipe.data, recipe.valid)
         )
-        run.say(f"{run.output.name}: {rows}; validation: {valid}")
+        run.say(f"{run.output.name}: {rows}" + (f"; validation: {valid}" if recipe.valid else ""))
         set_seed(recipe.seed)
         model = XLoraForCausalLM.from_experts(source, sources, dtype=getattr(torch, recipe.dtype), **recipe.head)
         if recipe.zero_init:

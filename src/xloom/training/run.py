@@ -140,6 +140,10 @@ class Run:
         bar = ProgressBar(self.console)
         try:
             yield [bar]
+        except KeyboardInterrupt:
+            bar.close()
+            self.say("stopped, and the last step is kept: run the same command again to go on from there")
+            raise
         finally:
             bar.close()
 
