@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import set_seed
 
 from xloom.config import XLoraConfig
@@ -112,30 +112,28 @@ class HeadTrainer(CompletionTrainer):
         self.model.config.__dict__.pop("use_cache", None)  # Trainer writes its own there, which would be saved
         self.routing_weight = routing_weight
         self._router = Watched()
-        self._labelled_in_step = 0
         self._right = self._judged = 0
 
     def trained(self) -> dict[str, Tensor]:
         statistics = {f"head.{name}": buffer for name, buffer in self.model.head.named_buffers()}
         return super().trained() | statistics
 
-    def outputs(self, batch: dict[str, Any]) -> Any:
+    def outputs(self, model: nn.Module, batch: dict[str, Any]) -> Any:
         with self.model.routing(self._router):
-            return super().outputs(batch)
+            return super().outputs(model, batch)
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor | int | None]:
-        batches, tokens = super().get_batch_samples(*args, **kwargs)
-        self._labelled_in_step = sum(int((batch["expert"] >= 0).sum()) for batch in batches)
-        return batches, tokens
+    def counts(self, batch: dict[str, Any]) -> dict[str, float]:
+        return super().counts(batch) | {"labelled": float((batch["expert"] >= 0).sum())}
 
-    def other_terms(self, out: Any, batch: dict[str, Any]) -> Tensor | float:
+    def terms(self, out: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
+        terms = super().terms(out, batch)
         labelled_B = batch["expert"] >= 0
-        if not self.routing_weight or not labelled_B.any():
-            return 0.0
-        assert self._router.shares_BTSN is not None
-        shares_BN = mean_over_tokens(self._router.shares_BTSN, batch["attention_mask"])
-        losses = routing_losses(shares_BN[labelled_B], batch["expert"][labelled_B])
-        return self.routing_weight * losses.sum() / max(self._labelled_in_step, len(losses))
+        if self.routing_weight and labelled_B.any():
+            assert self._router.shares_BTSN is not None
+            shares_BN = mean_over_tokens(self._router.shares_BTSN, batch["attention_mask"])
+            losses = routing_losses(shares_BN[labelled_B], batch["expert"][labelled_B])
+            terms["routing"] = self.routing_weight * losses.sum() / self.step_totals["labelled"]
+        return terms
 
     def measure(self) -> dict[str, Any]:
         self._right = self._judged = 0

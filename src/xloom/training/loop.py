@@ -10,6 +10,7 @@ import inspect
 import json
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,6 +78,7 @@ class CompletionTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.pad_id, self.experts = pad_id, tuple(experts)
+        self.step_totals: dict[str, float] = {}
         batches = settings.max_steps * settings.gradient_accumulation_steps
         size = settings.per_device_train_batch_size
         order = plan_batches([len(e.input_ids) for e in train], size, batches, settings.seed)
@@ -95,11 +97,29 @@ class CompletionTrainer(Trainer):
     def collate(self, examples: Sequence[Example]) -> dict[str, Any]:
         return collate(examples, self.pad_id, self.experts)
 
-    def outputs(self, batch: dict[str, Any]) -> Any:
+    # --- the loss ---
+
+    def outputs(self, model: nn.Module, batch: dict[str, Any]) -> Any:
         """One forward, with logits at the last `keep` positions."""
         wanted = ["input_ids", "attention_mask", *(["position_ids"] if self._takes_positions else [])]
-        assert self.model is not None
-        return self.model(**{key: batch[key] for key in wanted}, logits_to_keep=batch["keep"], use_cache=False)
+        return model(**{key: batch[key] for key in wanted}, logits_to_keep=batch["keep"], use_cache=False)
+
+    def counts(self, batch: dict[str, Any]) -> dict[str, float]:
+        """What the terms are means over, in one batch; `step_totals` has their sums over a whole step."""
+        return {"tokens": float((batch["labels"][:, 1:] != IGNORED).sum())}
+
+    def terms(self, out: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The parts of the loss by name, each divided by a total of the step: batches of a step add up."""
+        losses_B, _ = row_losses(out.logits, batch["labels"])
+        return {"cross_entropy": losses_B.sum() / self.step_totals["tokens"]}
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor | int | None]:
+        batches, tokens = super().get_batch_samples(*args, **kwargs)
+        totals: Counter[str] = Counter()
+        for batch in batches:
+            totals.update(self.counts(batch))
+        self.step_totals = {name: max(total, 1.0) for name, total in totals.items()}
+        return batches, tokens
 
     def compute_loss(
         self,
@@ -108,17 +128,11 @@ class CompletionTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        out = self.outputs(inputs)
-        losses_B, tokens_B = row_losses(out.logits, inputs["labels"])
-        loss = losses_B.sum() / (tokens_B.sum() if num_items_in_batch is None else num_items_in_batch)
-        loss = loss + self.other_terms(out, inputs)
+        out = self.outputs(model, inputs)
+        loss = torch.stack(list(self.terms(out, inputs).values())).sum()
         if not torch.isfinite(loss):
             raise DivergedError(f"step {self.state.global_step + 1}: the loss is {loss.item()}; lower learning_rate")
         return (loss, out) if return_outputs else loss
-
-    def other_terms(self, out: Any, batch: dict[str, Any]) -> Tensor | float:
-        """What the loss has beside the cross-entropy of completions."""
-        return 0.0
 
     # --- validation ---
 
@@ -131,7 +145,7 @@ class CompletionTrainer(Trainer):
             rows = list(examples[start : start + size])
             batch = self._prepare_inputs(self.collate(rows))
             with torch.no_grad():
-                out = self.outputs(batch)
+                out = self.outputs(self.model, batch)
             yield batch, rows, out
 
     def measure(self) -> dict[str, Any]:
