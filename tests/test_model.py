@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from tiny import make_expert, prompt, tiny_base
-from xloom import XLoraForCausalLM, errors, routers
+from xloom import XLoraForCausalLM, architecture, errors, routers
 from xloom.files import read_tensors, write_tensors
 
 FIELDS = {"layerwise_scalings": True, "xlora_depth": 2, "xlora_size": 16, "xlora_dropout_p": 0.0}
@@ -82,6 +82,44 @@ def test_a_copy_stands_alone(model):
             parameter.add_(1.0)
     with twin.routing(routers.BaseOnly()):
         assert torch.equal(model(ids).logits, expected)
+
+
+# --- states of the head, known beforehand ---
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon", "bloom", "gemma3_text", "opt", "phi3", "gpt_neox"])
+@pytest.mark.parametrize("fields", [{}, {"scaling_pass_value": 0.4}, {"gate_at_layer": 0}, {"gate_at_layer": 1}])
+def test_head_states_known_beforehand_change_nothing(kind, fields, tmp_path):
+    base = tiny_base(kind)
+    expert = make_expert(base, tmp_path / "e", r=2, target_modules="all-linear")
+    options = {"head_input": ["token", "running_mean"], "drop_sites_below_gate": True, **fields}
+    model = XLoraForCausalLM.from_experts(base, {"a": expert, "b": expert}, **options)
+    ids, mask = prompt(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :3] = 0
+    whole = model(ids, attention_mask=mask, use_cache=False, **model.positions(mask))
+    layers = architecture.decoder_layers(base)[1]
+    ran = []
+    model.compute_head_states(ids, mask)  # the first call asks a layer what it returns
+    for number, layer in enumerate(layers):
+        inner = layer.layer if hasattr(layer, "layer") else layer
+        inner.register_forward_hook(lambda *_, number=number: ran.append(number))
+    states = model.compute_head_states(ids, mask)
+    gate = fields.get("gate_at_layer")
+    assert ran == list(range(3 if gate is None else gate))
+    ran.clear()
+    again = model(ids, attention_mask=mask, head_states=states, **model.positions(mask))
+    assert ran == list(range(gate or 0, 3))
+    for a, b in ((again.logits, whole.logits), (again.scalings, whole.scalings)):
+        torch.testing.assert_close(a[mask.bool()], b[mask.bool()], rtol=0, atol=0)
+    with torch.no_grad():
+        other = model(ids, attention_mask=mask, head_states=states + 1.0, **model.positions(mask))
+    assert not torch.allclose(other.scalings, whole.scalings)
+
+
+def test_head_states_and_a_cache_exclude_each_other(model):
+    ids = prompt(1, 5)
+    with pytest.raises(errors.ConfigError, match="head_states belong to whole sequences"):
+        model(ids, head_states=model.compute_head_states(ids), use_cache=True)
 
 
 # --- gradients ---

@@ -161,12 +161,12 @@ def _is_below(module: str, layers: str, gate: int, model: PreTrainedModel) -> bo
 
 
 class GateLayer(nn.Module):
-    """A decoder layer whose incoming hidden state is shown to someone first."""
+    """A decoder layer whose incoming hidden state is shown to someone first, or comes from someone."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
-        self.on_hidden: Callable[[Tensor], None] | None = None
+        self.on_hidden: Callable[[Tensor], Tensor | None] | None = None
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -178,11 +178,14 @@ class GateLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.on_hidden is not None:
-            self.on_hidden(args[0] if args else kwargs["hidden_states"])
+            hidden = args[0] if args else kwargs["hidden_states"]
+            replaced = self.on_hidden(hidden)
+            if replaced is not None:
+                args, kwargs = ((replaced, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": replaced})
         return self.layer(*args, **kwargs)
 
     @contextmanager
-    def watched_by(self, on_hidden: Callable[[Tensor], None]) -> Iterator[None]:
+    def watched_by(self, on_hidden: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
         self.on_hidden = on_hidden
         try:
             yield
@@ -190,12 +193,35 @@ class GateLayer(nn.Module):
             self.on_hidden = None
 
 
+class _Skipped(nn.Module):
+    """In a decoder layer's place: hands on what it gets, in the form in which the layer hands it on."""
+
+    def __init__(self, layer: nn.Module, as_tuple: bool) -> None:
+        super().__init__()
+        self._layer = (layer,)  # in a tuple: not a submodule
+        self._as_tuple = as_tuple
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "_layer":
+                raise
+            return getattr(self._layer[0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden,) if self._as_tuple else hidden
+
+
 class Gate:
     """The gate layer in its place in the base; `remove` and `put_back` take it out and in."""
 
-    def __init__(self, layers: nn.ModuleList, index: int) -> None:
-        self._layers, self._index = layers, index
-        self._wrapped = GateLayer(layers[index])
+    def __init__(self, model: PreTrainedModel, index: int) -> None:
+        self._model, self._index = model, index
+        self._layers = decoder_layers(model)[1]
+        self._wrapped = GateLayer(self._layers[index])
+        self._as_tuple: bool | None = None
         self.put_back()
 
     def put_back(self) -> None:
@@ -204,12 +230,55 @@ class Gate:
     def remove(self) -> None:
         self._layers[self._index] = self._wrapped.layer
 
-    def watched_by(self, on_hidden: Callable[[Tensor], None]) -> Any:
+    def watched_by(self, on_hidden: Callable[[Tensor], Tensor | None]) -> Any:
         return self._wrapped.watched_by(on_hidden)
+
+    @contextmanager
+    def only_below(self) -> Iterator[list[Tensor]]:
+        """Inside the block the layers from the gate on do nothing; the list receives what enters the gate."""
+        seen: list[Tensor] = []
+        with self._skipping(range(self._index + 1, len(self._layers))), self.watched_by(seen.append):
+            inner, self._wrapped.layer = self._wrapped.layer, _Skipped(self._wrapped.layer, self._gives_tuples())
+            try:
+                yield seen
+            finally:
+                self._wrapped.layer = inner
+
+    @contextmanager
+    def only_from_here(self) -> Iterator[None]:
+        """Inside the block the layers below the gate do nothing; someone else must give what enters it."""
+        with self._skipping(range(self._index)):
+            yield
+
+    @contextmanager
+    def _skipping(self, numbers: range) -> Iterator[None]:
+        as_tuple = self._gives_tuples()
+        before = {number: self._layers[number] for number in numbers}
+        for number, layer in before.items():
+            self._layers[number] = _Skipped(layer, as_tuple)
+        try:
+            yield
+        finally:
+            for number, layer in before.items():
+                self._layers[number] = layer
+
+    def _gives_tuples(self) -> bool:
+        """Whether this architecture's layers return tuples (falcon, bloom), found by asking one."""
+        if self._as_tuple is None:
+            seen: list[Any] = []
+            layer = self._wrapped.layer
+            hook = layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+            try:
+                with torch.no_grad():
+                    self._model.base_model(torch.zeros(1, 1, dtype=torch.long, device=self._model.device))
+            finally:
+                hook.remove()
+            self._as_tuple = isinstance(seen[0], tuple)
+        return self._as_tuple
 
 
 def install_gate(model: PreTrainedModel, index: int) -> Gate:
-    return Gate(decoder_layers(model)[1], index)
+    return Gate(model, index)
 
 
 def check(made: _Made, tokens: int = 8) -> None:

@@ -352,6 +352,7 @@ class XLoraForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        head_states: Tensor | None = None,
         **kwargs: Any,
     ) -> XLoraOutput | tuple[Tensor, ...]:
         """As the base's forward; the output has `scalings` [B, T, S, N] beside.
@@ -359,9 +360,15 @@ class XLoraForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             attention_mask: [B, past + T], 1 for real tokens. Pooled head inputs leave padding out, and need it 2-D.
             labels: [B, T] as for any causal model; the loss is the base's own.
+            head_states: [B, T, D] from `compute_head_states` on the same tokens, which need not be computed again;
+                without a cache only.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("pass either input_ids or inputs_embeds, and not both")
+        if head_states is not None:
+            if use_cache or past_key_values is not None:
+                raise ConfigError("head_states belong to whole sequences: pass neither use_cache nor past_key_values")
+            use_cache = False
         if use_cache is None:
             use_cache = getattr(self.base.config, "use_cache", True) and not self.training
         if use_cache and past_key_values is None:
@@ -387,12 +394,14 @@ class XLoraForCausalLM(PreTrainedModel, GenerationMixin):
             return decided[-1]
 
         router: Router | None = self._router
-        if gating:
-            router = decide(self._scaling_pass(inputs, split)) if self._gate_layer is None else None
+        if gating and self._gate_layer is None:
+            router = decide(self._scaling_pass(inputs, split) if head_states is None else head_states)
+        elif gating:
+            router = None  # until the gate layer is reached
         # Experts on the language-model head need all tokens there: scalings belong to tokens, not to what is kept.
         cut_after = self._adapts_lm_head and not (isinstance(logits_to_keep, int) and logits_to_keep == 0)
         asked: dict[int, Tensor] = {}
-        with self.mixture.routed_by(router), self._gated(decide if gating else None), ExitStack() as stack:
+        with self.mixture.routed_by(router), self._gated(decide if gating else None, head_states), ExitStack() as stack:
             if not gating:
                 asked = stack.enter_context(self.mixture.recording())
             out = self.base(
@@ -439,17 +448,42 @@ class XLoraForCausalLM(PreTrainedModel, GenerationMixin):
         return Precomputed(self._router.decide(self.head(features_BTF), self.config, self.experts))
 
     @contextmanager
-    def _gated(self, decide: Callable[[Tensor], Precomputed] | None) -> Iterator[None]:
-        """With an early gate, the hidden state that enters layer m decides for all that follow it."""
-        if self._gate_layer is None or decide is None:
+    def _gated(
+        self, decide: Callable[[Tensor], Precomputed] | None, states_BTD: Tensor | None = None
+    ) -> Iterator[None]:
+        """With an early gate, the hidden state that enters layer m decides for all that follow it.
+
+        Given that state beforehand, the pass starts at layer m.
+        """
+        if self._gate_layer is None or (decide is None and states_BTD is None):
             yield
             return
 
-        def on_hidden(hidden_BTD: Tensor) -> None:
-            self.mixture.router = decide(hidden_BTD)
+        def on_hidden(hidden_BTD: Tensor) -> Tensor | None:
+            given = None if states_BTD is None else states_BTD.to(hidden_BTD)
+            if decide is not None:
+                self.mixture.router = decide(hidden_BTD if given is None else given)
+            return given
 
-        with self._gate_layer.watched_by(on_hidden):
+        with ExitStack() as stack:
+            if states_BTD is not None:
+                stack.enter_context(self._gate_layer.only_from_here())
+            stack.enter_context(self._gate_layer.watched_by(on_hidden))
             yield
+
+    def compute_head_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """What the head reads: hidden states [B, T, D] after the scaling pass, or entering layer `gate_at_layer`.
+
+        They depend on the base and `scaling_pass_value` alone, never on the head.
+        """
+        inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
+        if attention_mask is not None:
+            inputs |= {"attention_mask": attention_mask, **self.positions(attention_mask)}
+        if self._gate_layer is None:
+            return self._scaling_pass(inputs, None)
+        with torch.no_grad(), _evaluating(self.base), self._gate_layer.only_below() as seen:
+            self.base.base_model(**inputs)
+        return seen[0]
 
     def positions(self, attention_mask: Tensor) -> dict[str, Tensor]:
         """`position_ids` [B, T] of left-padded rows as a keyword, or nothing where the base takes none."""

@@ -20,9 +20,8 @@ from transformers import set_seed
 from xloom.config import XLoraConfig
 from xloom.experts import CONFIG_FILE, WEIGHTS_FILE
 from xloom.files import fetch_folder
-from xloom.gating import scaling_pass_scalings
 from xloom.model import XLoraForCausalLM
-from xloom.routers import Fixed, HiddenStateRouter, XLora
+from xloom.routers import HiddenStateRouter, XLora
 from xloom.training.data import Example, Examples, collate, read_examples
 from xloom.training.expert import summary
 from xloom.training.loop import CompletionTrainer, train
@@ -164,22 +163,13 @@ def hidden_statistics(
     model: XLoraForCausalLM, examples: Sequence[Example], pad_id: int, batch_size: int
 ) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [D] of the hidden state that the head reads, over the real tokens of examples."""
-    config, like = model.config, model.head.linears[0].weight
-    weights = scaling_pass_scalings(config, like)
-    router = None if weights is None else Fixed(dict(zip(model.experts, weights.tolist(), strict=True)))
-    gate_at = config.gate_at_layer
-    model.eval()
+    like = model.head.linears[0].weight
     count = 0
     total_D = squares_D = torch.zeros(())
     for start in range(0, len(examples), batch_size):
         batch = collate(examples[start : start + batch_size], pad_id)
         ids, mask = (batch[key].to(like.device) for key in ("input_ids", "attention_mask"))
-        with torch.no_grad(), model.mixture.routed_by(router):
-            out = model.base.base_model(
-                ids, attention_mask=mask, use_cache=False, output_hidden_states=True, **model.positions(mask)
-            )
-        hidden_BTD = out.last_hidden_state if gate_at is None else out.hidden_states[gate_at]
-        real_ND = hidden_BTD[mask.bool()].cpu().double()
+        real_ND = model.compute_head_states(ids, mask)[mask.bool()].cpu().double()
         count += len(real_ND)
         total_D = total_D.to(real_ND.device) + real_ND.sum(dim=0)
         squares_D = squares_D.to(real_ND.device) + real_ND.square().sum(dim=0)

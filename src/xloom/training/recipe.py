@@ -79,6 +79,7 @@ class Recipe(_Checked):
         dtype: of the frozen base. What is trained stays float32.
         eval_every: steps between validations; None validates at the end only.
         save_every: steps between checkpoints that an interrupted run resumes from.
+        early_stopping: stop after so many validations without a lower loss, and keep the best; needs `eval_every`.
     """
 
     base: Annotated[str, Field(min_length=1)]
@@ -92,6 +93,7 @@ class Recipe(_Checked):
     dtype: Literal["float32", "bfloat16"] = "float32"
     eval_every: Count | None = None
     save_every: Count = 100
+    early_stopping: Count | None = None
     gradient_accumulation: Count = 1
     gradient_checkpointing: bool = False
 
@@ -132,6 +134,8 @@ class Recipe(_Checked):
                     self.refuse(key, "a JSONL file", f"nothing at {self.path(word)}")
         if self.eval_every and not any(key.startswith("valid") for key in files):
             self.refuse("eval_every", "validation files under 'valid'", "none")
+        if self.early_stopping and not self.eval_every:
+            self.refuse("early_stopping", "eval_every beside it", "none")
 
     def refuse(self, key: str, expected: str, found: str) -> None:
         raise RecipeError(f"{self.where}: {key}: expected {expected}, found {found}")
