@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from tiny import prompt
+from tiny import make_expert, prompt
 from xloom import XLoraForCausalLM, routers
 from xloom.errors import CacheError, ConfigError, ScalingsShapeError, UnknownExpertError
 
@@ -323,3 +323,63 @@ def test_an_offloaded_cache(model):
     cache = DynamicCache(config=model.config, offloading=True)
     with pytest.raises(CacheError, match="offloaded"):
         model(prompt(1, 4), past_key_values=cache)
+
+
+# --- Arrow ---
+
+
+def test_arrow_prototypes_are_top_right_singular_vectors(model):
+    for site in model.mixture.sites:
+        for low in filter(None, site.experts()):
+            expected = torch.linalg.svd(low.B_OR.double() @ low.A_RI.double()).Vh[0]
+            found = routers.arrow(low)
+            assert abs(abs(found @ expected).item() - 1) < 1e-9
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 2])
+def test_arrow_weighs_by_likeness_and_leaves_absent_experts_out(model, top_k):
+    arrow, x = routers.Arrow(temperature=0.5, top_k=top_k), torch.randn(2, 5, 32)
+    for site in model.mixture.sites:
+        if site.A_RI.shape[1] != 32:
+            continue
+        scalings = arrow.scalings(site, x)
+        there = [low for low in site.experts() if low is not None]
+        likeness = torch.stack([(x @ routers.arrow(low).float()).abs() for low in there], dim=-1) / 0.5
+        if top_k is not None:
+            lowest = likeness.topk(min(top_k, len(there)), dim=-1).values[..., -1:]
+            likeness = torch.where(likeness < lowest, -torch.inf, likeness)
+        expected = torch.softmax(likeness, dim=-1)
+        torch.testing.assert_close(scalings[..., [low is not None for low in site.experts()]], expected)
+        torch.testing.assert_close(scalings.sum(dim=-1), torch.ones(2, 5))
+
+
+def test_arrow_is_peft_s_arrow(llama, tmp_path, monkeypatch):
+    from peft import ArrowConfig, create_arrow_model
+    from peft.tuners.lora.arrow import ArrowLoraLinearLayer
+
+    rounds = ArrowLoraLinearLayer.top_right_singular_vec_from_BA
+    # random factors have close singular values: 15 rounds of power iteration would leave theirs far off
+    monkeypatch.setattr(
+        ArrowLoraLinearLayer,
+        "top_right_singular_vec_from_BA",
+        lambda self, A, B: rounds(self, A.double(), B.double(), iters=3000),
+    )
+    paths = {n: make_expert(llama, tmp_path / n, i, r=3, target_modules="all-linear") for i, n in enumerate("abc")}
+    ids = prompt(2, 6)
+    config = ArrowConfig(top_k=2, router_temperature=0.7, rng_seed=1)
+    theirs = create_arrow_model(copy.deepcopy(llama), list(paths.values()), config)
+    ours = XLoraForCausalLM.from_experts(llama, paths)
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        with ours.routing(routers.Arrow(temperature=0.7, top_k=2)):
+            torch.testing.assert_close(ours(ids).logits, expected, rtol=0, atol=1e-3)
+        with ours.routing(routers.Arrow(temperature=0.7, top_k=1)):
+            assert (ours(ids).logits - expected).abs().max() > 0.1
+
+
+def test_arrow_runs_on_embeddings_too(llama, tmp_path):
+    path = make_expert(llama, tmp_path / "e", r=2, target_modules=["embed_tokens", "q_proj"])
+    model = XLoraForCausalLM.from_experts(llama, {"a": path, "b": path})
+    with model.routing(routers.Arrow()):
+        scalings = model(prompt(1, 4)).scalings
+    torch.testing.assert_close(scalings, torch.full_like(scalings, 0.5))

@@ -7,16 +7,18 @@ Use one for a while with `with model.routing(router): ...`.
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import final
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from xloom.config import XLoraConfig
 from xloom.errors import ConfigError, ScalingsShapeError, UnknownExpertError, names
-from xloom.gating import gate
+from xloom.experts import LowRank
+from xloom.gating import gate, top_k_mask
 from xloom.mixture import Router, Site
 
-__all__ = ["BaseOnly", "Fixed", "HiddenStateRouter", "Precomputed", "Router", "Single", "Uniform", "XLora"]
+__all__ = ["Arrow", "BaseOnly", "Fixed", "HiddenStateRouter", "Precomputed", "Router", "Single", "Uniform", "XLora"]
 
 
 @final
@@ -90,6 +92,52 @@ class Precomputed(Router):
                 f"scalings for {self.scalings_BTSN.shape[2]} sites, the model has {len(site.mixture.sites)}"
             )
         return self.scalings_BTSN[:, :, site.index]
+
+
+@final
+class Arrow(Router):
+    """Per token and site by likeness: softmax over |v_n x|, v_n the direction that B_n A_n amplifies most.
+
+    As PEFT's `create_arrow_model` (arXiv 2405.11157), for experts of any rank; those that lack a site get 0 there. At
+    an embedding, whose input are token ids, the experts share alike.
+
+    Args:
+        temperature: divides the likenesses.
+        top_k: experts kept per token and site before the softmax; all, if None.
+    """
+
+    def __init__(self, *, temperature: float = 1.0, top_k: int | None = None) -> None:
+        self.temperature, self.top_k = temperature, top_k
+        self._prototypes: WeakKeyDictionary[Site, tuple[tuple[int, int], Tensor]] = WeakKeyDictionary()
+
+    def scalings(self, site: Site, x: Tensor) -> Tensor | None:
+        there_N = torch.tensor([rank > 0 for rank in site.ranks], device=x.device)
+        if site.is_embedding:
+            return (there_N / there_N.sum()).to(site.A_RI.dtype).expand(*x.shape, -1)
+        prototypes_NI = self._of(site)
+        likeness = (x.to(prototypes_NI.dtype) @ prototypes_NI.T).abs() / self.temperature
+        likeness = likeness.masked_fill(~there_N, -torch.inf)
+        if self.top_k is not None:
+            kept = top_k_mask(likeness, min(self.top_k, int(there_N.sum())))
+            likeness = likeness.masked_fill(~kept, -torch.inf)
+        return torch.softmax(likeness, dim=-1)
+
+    def _of(self, site: Site) -> Tensor:
+        version = (site.A_RI._version, site.B_OR._version)
+        kept = self._prototypes.get(site)
+        if kept is None or kept[0] != version:
+            rows = [site.A_RI.new_zeros(site.A_RI.shape[1]) if low is None else arrow(low) for low in site.experts()]
+            kept = self._prototypes[site] = (version, torch.stack(rows).to(site.A_RI))
+        return kept[1]
+
+
+def arrow(low: LowRank) -> Tensor:
+    """The right singular vector [I] of B A with the largest singular value; its sign is arbitrary."""
+    with torch.no_grad():
+        A_RI, B_OR = (t.detach().double() for t in (low.A_RI, low.B_OR))
+        Q_IR, R_RR = torch.linalg.qr(A_RI.T)
+        M_OR = B_OR @ R_RR.T
+        return Q_IR @ torch.linalg.eigh(M_OR.T @ M_OR).eigenvectors[:, -1]
 
 
 class HiddenStateRouter(Router):
