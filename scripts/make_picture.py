@@ -11,7 +11,7 @@ from rich.console import Console
 
 from xloom.cli.text import Sampling, generate_texts
 from xloom.suite.domains import DOMAINS
-from xloom.training.data import read_rows
+from xloom.training.rows import read_rows
 
 
 def main(demo: Path, picture: Path) -> None:

@@ -18,7 +18,8 @@ settings.load_profile("xloom")
 
 
 @pytest.fixture(autouse=True)
-def _same_start() -> None:
+def _same_start(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.setenv("XLOOM_CACHE", str(tmp_path_factory.getbasetemp() / "xloom-cache"))
     torch.manual_seed(0)
     logging.set_verbosity_error()
 

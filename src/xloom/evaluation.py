@@ -12,7 +12,8 @@ import torch
 
 from xloom.model import XLoraForCausalLM
 from xloom.routers import Router
-from xloom.training.data import Row, tokenise
+from xloom.training.data import tokenise_all
+from xloom.training.rows import Row
 from xloom.training.run import pad_id
 
 
@@ -56,7 +57,7 @@ def answers(
     """Greedy answers, of at most as many tokens as the longest right one needs, in the order of the rows."""
     if not rows:
         return []
-    encoded = [tokenise(row, tokenizer) for row in rows]
+    encoded = list(tokenise_all(rows, tokenizer))
     prompts = [ids[:start] for ids, start in encoded]
     longest = max(len(ids) - start for ids, start in encoded)
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))

@@ -146,12 +146,16 @@ class ScalingHead(nn.Module):
                 parts.append(hidden_BTD)
         return torch.cat(parts, dim=-1), states
 
-    def forward(self, features_BTF: Tensor) -> Tensor:
-        """Logits [B, T, S, C]; without layerwise scalings every site sees the same ones."""
+    def before_last(self, features_BTF: Tensor) -> Tensor:
+        """What the last Linear reads."""
         x: Tensor = features_BTF.to(self.dtype)
         for layer in self.linears[:-1]:
             x = self.between(layer(x))
-        logits: Tensor = self.linears[-1](x)
+        return x
+
+    def forward(self, features_BTF: Tensor) -> Tensor:
+        """Logits [B, T, S, C]; without layerwise scalings every site sees the same ones."""
+        logits: Tensor = self.linears[-1](self.before_last(features_BTF))
         if self.layerwise:
             return logits.reshape(*logits.shape[:-1], self.num_sites, self.num_columns)
         return logits.unsqueeze(2).expand(-1, -1, self.num_sites, -1)

@@ -25,7 +25,7 @@ def head_file(project: Path, **changes: object) -> Path:
         "output": "out",
         "max_steps": 5,
         "experts": {"up": "experts/up", "down": "experts/down"},
-        "data": {"up": ["up.jsonl"], "mixed": "down.jsonl"},
+        "data": {"up": ["up.jsonl"], "mixed": {"files": "down.jsonl", "expert": None}},
     }
     path = project / "head.yaml"
     path.write_text(yaml.safe_dump({k: v for k, v in (recipe | changes).items() if v != "-"}, sort_keys=False))
@@ -38,9 +38,10 @@ def test_defaults_and_relative_paths(project: Path) -> None:
     assert recipe.output_folder == project / "out"
     assert recipe.base_source == str(project / "base")
     head = load_head_recipe(head_file(project))
-    assert (head.learning_rate, head.routing_weight, head.zero_init) == (5e-3, 1.0, True)
+    assert (head.learning_rate, head.routing_weight, head.init) == (5e-3, 1.0, "zero")
     assert list(head.experts) == ["up", "down"]
-    assert head.data["mixed"] == ("down.jsonl",)
+    assert head.data["mixed"].files == ("down.jsonl",)
+    assert head.right_experts() == {"up": "up"}
 
 
 def test_from_keywords_paths_start_here(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +64,11 @@ def test_from_keywords_paths_start_here(project: Path, monkeypatch: pytest.Monke
         ({"dtype": "float16"}, "dtype: expected 'float32' or 'bfloat16', found 'float16'"),
         ({"lora": {"targets": "linear"}},
          "lora.targets: expected 'all-linear' or a list of module names, found 'linear'"),
-        ({"train": "no.jsonl"}, "train: expected a JSONL file, found nothing at {project}/no.jsonl"),
+        ({"train": "upp.jsonl"},
+         "train: {project}/upp.jsonl: expected a data file, a dataset's folder or its hub id, found nothing "
+         "(did you mean 'up.jsonl'?)"),
+        ({"early_stopping": 2}, "early_stopping: expected eval_every beside it, found none"),
+        ({"train": ""}, "train.0: expected at least 1 character, found ''"),
         ({"base": "./nowhere"},
          "base: expected a folder, a hub id or the built-in base, "
          "found nothing at {project}/nowhere"),
@@ -85,12 +90,25 @@ def test_problems_of_an_expert_recipe(project: Path, changes: dict[str, object],
         ({"head": {"sites": []}}, "head: sites: follows from the base and the experts; leave it out"),
         ({"experts": {"up": "experts/gone"}},
          "experts.up: expected a LoRA folder or a hub id, found nothing at {project}/experts/gone"),
-        ({"valid": {"up": ["no.jsonl"]}}, "valid.up: expected a JSONL file, found nothing at {project}/no.jsonl"),
-        ({"data": {"other": "up.jsonl"}},
-         "routing_weight: expected 0 where no domain has an expert's name "
-         "(experts up, down; domains other), found 1"),
-        ({"head": {"use_trainable_adapters": True}, "dtype": "bfloat16"},
-         "dtype: expected float32 with head.use_trainable_adapters, found bfloat16"),
+        ({"valid": {"up": ["q/zz.jsonl"]}},
+         "valid.up: {project}/q/zz.jsonl: expected a data file, a dataset's folder or its hub id, found nothing"),
+        ({"valid": {"dwn": "up.jsonl"}}, "valid: expected domains of data (up, mixed), found 'dwn'"),
+        ({"data": {"upp": "up.jsonl"}},
+         "data.upp: expected an expert's name (up, down), or 'expert: NAME' or 'expert: null' below it, "
+         "found 'upp' (did you mean 'up'?)"),
+        ({"data": {"all": {"files": "up.jsonl", "expert": "dwn"}}},
+         "data.all.expert: expected one of up, down, or null, found 'dwn' (did you mean 'down'?)"),
+        ({"data": {"up": {"file": "up.jsonl"}}},
+         "data.up.files: expected a value, found nothing; unknown key 'data.up.file' (did you mean 'files'?)"),
+        ({"data": {"up": 3}}, "data.up: expected files, or keys with values, found 3"),
+        ({"data": {"all": {"files": "up.jsonl", "expert": None}}, "soft_labels": "off"},
+         "soft_labels: expected 'row' or 'token' (or routing_weight 0) where no domain has an expert, found 'off'"),
+        ({"head": {"use_trainable_adapters": True}},
+         "head.use_trainable_adapters: expected experts_learning_rate, which trains the experts, found none"),
+        ({"experts_learning_rate": 1e-3, "dtype": "bfloat16"},
+         "dtype: expected float32 where experts are trained, found bfloat16"),
+        ({"start_temperature": 2, "head": {"enable_softmax": False}},
+         "start_temperature: expected a head with enable_softmax, found enable_softmax: false"),
     ],
 )  # fmt: skip
 def test_problems_of_a_head_recipe(project: Path, changes: dict[str, object], message: str) -> None:

@@ -1,15 +1,44 @@
-from collections import Counter
+"""What a recipe's words mean, and the rows that stand there, as plain Python."""
+
+import json
+import re
+import subprocess
+import sys
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from transformers import PreTrainedTokenizerBase
 
-from toy import PIECES, chat, write_rows
-from xloom.errors import DataError, PromptError
-from xloom.training.data import IGNORED, Example, Row, collate, plan_batches, read_examples, read_rows, tokenise
+import xloom
+from toy import chat, write_rows
+from xloom.errors import DataError, MissingExtraError, NotFoundError
+from xloom.training.rows import Row, Source, find_source, fingerprint, read_rows
 
 MESSAGES = "system, user, assistant, tool"
+NEEDS_EXTRA = 'the extra "data" is not installed'
+PAIR = {"prompt": "a", "completion": "b"}
+MIXED = [PAIR, chat("hi", "yo"), {"prompt": "c", "completion": "d"}]
+
+
+def parts(source: Source | Path) -> list[tuple[Any, Any]]:
+    return [(row.prompt, row.completion) for row in read_rows(source)]
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
+    pyarrow = pytest.importorskip("pyarrow", reason=NEEDS_EXTRA)
+    parquet = pytest.importorskip("pyarrow.parquet", reason=NEEDS_EXTRA)
+    columns = dict.fromkeys(key for row in rows for key in row)
+    parquet.write_table(pyarrow.table({key: [row.get(key) for row in rows] for key in columns}), path)
+    return path
+
+
+@pytest.fixture
+def datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The package, with a cache of its own."""
+    module = pytest.importorskip("datasets", reason=NEEDS_EXTRA)
+    monkeypatch.setattr(module.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return module
 
 
 @pytest.mark.parametrize(
@@ -18,10 +47,10 @@ MESSAGES = "system, user, assistant, tool"
         ("{", "expected a JSON object, found invalid JSON (Expecting property name enclosed in double quotes)"),
         ("[1]", "expected a JSON object, found list"),
         ('{"prompt": "a"}', "expected 'messages', or 'prompt' and 'completion', found prompt"),
-        ('{"prompt": "a", "completion": " "}', "expected a completion, found ' '"),
         ('{"prompt": "a", "completion": []}',
          "expected prompt and completion as two strings or two lists, found str and list"),
         ('{"messages": 3}', "messages: expected a list of messages, found int 3"),
+        ('{"messages": null}', "messages: expected a list of messages, found NoneType None"),
         ('{"messages": [{"role": "bot", "content": "a"}]}', f"messages[0]: expected a role of {MESSAGES}, found 'bot'"),
         ('{"messages": [{"role": "user"}]}', "messages[0]: expected content as a string, found NoneType"),
         ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}',
@@ -38,65 +67,203 @@ def test_bad_rows_are_named_by_file_and_line(tmp_path: Path, line: str, message:
     assert str(caught.value) == f"{path}:3: {message}"
 
 
-def test_the_completion_starts_where_the_prompt_ends(tokenizer: PreTrainedTokenizerBase) -> None:
-    messages = chat("hi", "yo")["messages"]
-    ids, start = tokenise(Row(messages[:1], messages[1:], "x:1"), tokenizer)
-    text = [PIECES[i] for i in ids]
-    assert "".join(text[:start]) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert text[start:] == ["y", "o", "<|im_end|>"]  # what the template puts after the end is cut
-    ids, start = tokenise(Row("hi ", "yo", "x:1"), tokenizer)
-    assert [PIECES[i] for i in ids[start:]] == ["y", "o", "<|im_end|>"]
+def test_a_row_is_empty_when_its_completion_is_blank() -> None:
+    user = [{"role": "user", "content": "a"}]
+    assert [Row("a", text, "x:1").empty for text in ("", " \n", "b")] == [True, True, False]
+    assert [Row(user, [{"role": "assistant", "content": text}], "x:1").empty for text in (" ", "b")] == [True, False]
 
 
-def test_a_token_across_the_boundary_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(DataError, match=r"^x:7: expected the prompt's 2 tokens to begin the whole row, found a token"):
-        tokenise(Row("az", "zb", "x:7"), tokenizer)
+def test_json_is_lines_or_one_array(tmp_path: Path) -> None:
+    lines, array = tmp_path / "lines.json", tmp_path / "array.json"
+    write_rows(lines, MIXED)
+    array.write_text("\n " + json.dumps(MIXED, indent=1))
+    assert parts(lines) == parts(array) == parts(write_rows(tmp_path / "rows.jsonl", MIXED))
+    assert [row.where for row in read_rows(lines)] == [f"{lines}:{i}" for i in (1, 2, 3)]
+    assert [row.where for row in read_rows(array)] == [f"{array}:row {i}" for i in (1, 2, 3)]
+    array.write_text('[{"prompt": "a", "completion": "b"}, 7]')
+    with pytest.raises(DataError, match=r"array\.json:row 2: expected a JSON object, found int$"):
+        list(read_rows(array))
+    array.write_text('[{"prompt": "a"')
+    with pytest.raises(DataError, match=r"array\.json: expected a JSON object, found invalid JSON"):
+        list(read_rows(array))
 
 
-def test_a_tokenizer_without_what_rows_need_is_named(tokenizer: PreTrainedTokenizerBase) -> None:
-    tokenizer.chat_template = None
-    tokenizer.name_or_path = "some/base"
-    messages = chat("hi", "yo")["messages"]
-    with pytest.raises(PromptError, match=r"^tokenizer some/base: has no chat template"):
-        tokenise(Row(messages[:1], messages[1:], "x:1"), tokenizer)
-    tokenizer.eos_token = None
-    with pytest.raises(PromptError, match=r"^tokenizer some/base: has no end token"):
-        tokenise(Row("a", "b", "x:1"), tokenizer)
-
-
-def test_long_rows_are_dropped_and_counted(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = [{"prompt": "a", "completion": "b"}] * 2 + [{"prompt": "a" * 30, "completion": "b"}]
-    path = write_rows(tmp_path / "rows.jsonl", rows)
-    found = read_examples({"d": [path]}, tokenizer, max_length=10)
-    assert (len(found.items), found.too_long, found.duplicates) == (2, 1, 1)
-    assert str(found) == "2 rows, 1 left out as too long, 1 duplicates among them"
-    with pytest.raises(DataError, match=r"expected rows of at most 2 tokens, found none \(0 rows, 3 left out"):
-        read_examples({"d": [path]}, tokenizer, max_length=2)
-
-
-def test_collate_pads_on_the_left() -> None:
-    rows = [Example((5, 6, 7, 8), 2, "b"), Example((9, 10), 1, "other")]
-    batch = collate(rows, pad_id=0, experts=["a", "b"])
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [0, 0, 9, 10]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
-    assert batch["keep"] == 3
-    assert batch["labels"].tolist() == [[IGNORED, 7, 8], [IGNORED, IGNORED, 10]]
-    assert torch.equal(batch["expert"], torch.tensor([1, IGNORED]))
-
-
-def test_the_plan_covers_every_row_in_full_batches_of_like_length() -> None:
-    lengths = [(i * 37) % 100 for i in range(400)]
-    plan = plan_batches(lengths, batch_size=8, batches=100, seed=1)
-    assert Counter(plan) == dict.fromkeys(range(400), 2)  # two epochs
-    spreads = [max(b) - min(b) for b in ([lengths[i] for i in plan[s : s + 8]] for s in range(0, 800, 8))]
-    assert max(spreads) <= 4
-    assert plan == plan_batches(lengths, 8, 100, seed=1) != plan_batches(lengths, 8, 100, seed=2)
-    assert len(plan_batches([1, 2, 3], batch_size=8, batches=2, seed=0)) == 16
-
-
-def test_another_encoding_is_named(tmp_path):
+def test_other_encodings_are_named_and_the_mark_of_utf8_is_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes('{"prompt": "é", "completion": "x"}\n'.encode("latin-1"))
-    with pytest.raises(DataError, match=r"rows\.jsonl: expected UTF-8"):
+    with pytest.raises(DataError, match=r"rows\.jsonl: expected UTF-8, found another encoding"):
         list(read_rows(path))
+    path.write_text('{"prompt": "é", "completion": "x"}\n', encoding="utf-8-sig")
+    assert parts(path) == [("é", "x")]
+
+
+def test_parquet_has_the_rows_of_jsonl(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "rows.parquet", [{**row, "other": i} for i, row in enumerate(MIXED)])
+    assert parts(path) == parts(write_rows(tmp_path / "rows.jsonl", MIXED))
+    assert [row.where for row in read_rows(path)] == [f"{path}:row {i}" for i in (1, 2, 3)]
+
+
+def test_keys_that_a_table_filled_with_null_are_not_there(tmp_path: Path) -> None:
+    call = {"function": {"name": "f", "arguments": {"x": 1}}}
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "tool_calls": [call, {"function": {"name": "g"}}]},
+        {"role": "tool", "content": "b"},
+        {"role": "assistant", "content": "c"},
+    ]
+    path = write_parquet(tmp_path / "rows.parquet", [{"messages": messages}])
+    assert parts(path) == [(messages[:3], messages[3:])]
+
+
+def test_bad_parquet_is_named_by_file_and_row(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "rows.parquet", [PAIR, {"prompt": "a"}, {"prompt": "b"}])
+    with pytest.raises(DataError, match=r"rows\.parquet:row 2: expected 'messages', .*, found prompt$"):
+        list(read_rows(path))
+    write_parquet(path, [{"text": "a", "label": 1}])
+    with pytest.raises(DataError, match=r"rows\.parquet:row 1: expected 'messages', .*, found text, label$"):
+        list(read_rows(path))
+    path.write_text("no parquet")
+    with pytest.raises(DataError, match=r"^\S+rows\.parquet: expected Parquet, found: [^\n]+$"):
+        list(read_rows(path))
+
+
+def test_a_folder_is_a_dataset(tmp_path: Path, datasets: Any) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    write_rows(folder / "train.jsonl", MIXED)
+    write_rows(folder / "test.jsonl", [{"prompt": "e", "completion": "f"}, {"prompt": "g"}])
+    train, test = find_source("mine", tmp_path), find_source("mine:test", tmp_path)
+    assert parts(train) == parts(folder / "train.jsonl")
+    assert [row.where for row in read_rows(train)] == [f"{folder}:row {i}" for i in (1, 2, 3)]
+    assert [row.prompt for row in islice(read_rows(test), 1)] == ["e"]
+    with pytest.raises(DataError, match=r"mine:test:row 2: expected 'messages', .*, found prompt$"):
+        list(read_rows(test))
+    with pytest.raises(DataError, match=r"mine:valid: expected a dataset, found: [^\n]*valid[^\n]*$"):
+        list(read_rows(find_source("mine:valid", tmp_path)))
+    assert not list(tmp_path.rglob("*.arrow")), "a folder is not copied"
+
+
+def test_a_folder_of_parquet_is_a_dataset(tmp_path: Path, datasets: Any) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    write_parquet(folder / "train-00000-of-00001.parquet", MIXED)
+    assert parts(folder) == parts(write_rows(tmp_path / "rows.jsonl", MIXED))
+
+
+def test_a_folder_without_data_is_named(tmp_path: Path, datasets: Any) -> None:
+    with pytest.raises(NotFoundError, match=rf"^{re.escape(str(tmp_path))}: cannot be read \([^\n]+\)$"):
+        list(read_rows(tmp_path))
+
+
+def test_a_hub_id_out_of_reach_is_named(datasets: Any) -> None:
+    source = find_source("some-org/some-name/plain:train[:9]")
+    for use in (fingerprint, lambda source: list(read_rows(source))):
+        with pytest.raises(NotFoundError, match=r"^some-org/some-name/plain:train\[:9\]: cannot be read \([^\n]+\)$"):
+            use(source)
+
+
+def test_a_hub_dataset_is_asked_for_by_its_parts(datasets: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        asked.append((args, kwargs))
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    source, rows = Source("org/name", "plain", "test"), [{**PAIR, "id": 1}, {"prompt": "c", "completion": "d", "id": 2}]
+    assert [(row.prompt, row.where) for row in read_rows(source)] == [
+        ("a", "org/name/plain:test:row 1"),
+        ("c", "org/name/plain:test:row 2"),
+    ]
+    assert asked == [(("org/name", "plain"), {"split": "test", "streaming": False})]
+    before = fingerprint(source)
+    assert before == fingerprint(source)
+    rows[1]["completion"] = "e"
+    assert before != fingerprint(source)
+
+
+@pytest.mark.parametrize(
+    ("word", "source"),
+    [
+        ("org/name", Source("org/name")),
+        ("org/name:test", Source("org/name", split="test")),
+        ("org/name/plain", Source("org/name", "plain")),
+        ("org/name-1.5/plain:train[:9]", Source("org/name-1.5", "plain", "train[:9]")),
+    ],
+)
+def test_words_for_the_hub(tmp_path: Path, word: str, source: Source) -> None:
+    assert find_source(word, tmp_path) == source
+    assert str(source) == word
+    with pytest.raises(NotFoundError):
+        find_source(Path(word), tmp_path)
+
+
+def test_what_is_there_comes_before_the_hub(tmp_path: Path) -> None:
+    folder = tmp_path / "org" / "name"
+    folder.mkdir(parents=True)
+    path = write_rows(folder / "rows.jsonl", [PAIR])
+    assert find_source("org/name", tmp_path) == Source(folder)
+    assert find_source("org/name:test", tmp_path) == Source(folder, split="test")
+    assert find_source("org/name/rows.jsonl", tmp_path) == find_source(str(path), Path("elsewhere")) == Source(path)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("rows.jsonl", r"rows\.jsonl: expected a data file, a dataset's folder or its hub id, found nothing$"),
+        ("data/trian.jsonl", r"trian\.jsonl: .*, found nothing \(did you mean 'train\.jsonl'\?\)$"),
+        ("data/train.jsnl", r"train\.jsnl: .*, found nothing \(did you mean 'train\.jsonl'\?\)$"),
+        ("data/other.parquet", r"other\.parquet: .*, found nothing$"),
+        ("nowhere", r"nowhere: .*, found nothing$"),
+        ("/org/name", r"^/org/name: .*, found nothing$"),
+    ],
+)
+def test_words_for_nothing_are_named(tmp_path: Path, word: str, message: str) -> None:
+    (tmp_path / "data").mkdir()
+    write_rows(tmp_path / "data" / "train.jsonl", [PAIR])
+    with pytest.raises(NotFoundError, match=message):
+        find_source(word, tmp_path)
+
+
+def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").touch()
+    with pytest.raises(DataError, match=r"rows\.csv: expected a file ending in .jsonl, .json, .parquet, found .csv$"):
+        find_source("rows.csv", tmp_path)
+
+
+def test_the_fingerprint_follows_what_is_there(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    (folder / ".hidden").mkdir(parents=True)
+    path = write_rows(folder / "a.jsonl", [PAIR])
+    of_file, of_folder = fingerprint(Source(path)), fingerprint(Source(folder))
+    (folder / ".hidden" / "x").touch()
+    assert fingerprint(Source(folder)) == of_folder
+    renamed = path.rename(folder / "b.jsonl")
+    assert fingerprint(Source(renamed)) == of_file
+    assert fingerprint(Source(folder)) != of_folder
+    renamed.rename(path)
+    assert fingerprint(Source(folder)) == of_folder
+    write_rows(path, [PAIR, PAIR])
+    assert fingerprint(Source(path)) != of_file
+    assert fingerprint(Source(folder)) != of_folder
+
+
+def test_a_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.parquet"
+    path.touch()
+    monkeypatch.delitem(sys.modules, "pyarrow.parquet", raising=False)
+    for package, source in (("pyarrow", Source(path)), ("datasets", Source(tmp_path)), ("datasets", Source("org/n"))):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(MissingExtraError) as caught:
+            list(read_rows(source))
+        assert str(caught.value) == f'{source}: reading it needs the package {package}: pip install "xloom[data]"'
+
+
+def test_import_is_light() -> None:
+    heavy = "torch", "transformers", "pyarrow", "datasets", "numpy"
+    code = f"import sys, xloom.training.rows\nprint(*[m for m in {heavy} if m in sys.modules])"
+    home = Path(xloom.__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=home, timeout=60
+    )
+    assert done.stdout.strip() == ""

@@ -4,18 +4,21 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from toy import toy_rows, write_rows
-from xloom import XLoraForCausalLM
+from tiny import tiny_base
+from toy import tiny_tokenizer, toy_rows, write_rows
+from xloom import XLoraForCausalLM, routers
 from xloom.architecture import decoder_layers
-from xloom.errors import ConfigError
+from xloom.errors import BaseMismatchError, ConfigError
 from xloom.files import read_tensors
 from xloom.training import head as training_head
+from xloom.training import objective
 from xloom.training.data import Example, read_examples
 from xloom.training.expert import train_expert
-from xloom.training.head import hidden_statistics, train_head
+from xloom.training.head import train_head
 from xloom.training.recipe import ExpertRecipe, HeadRecipe
+from xloom.training.start import fit_to_arrow, states_of, statistics
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +72,7 @@ def test_a_head_learns_to_route_and_nothing_else_changes(
 
     monkeypatch.setattr(XLoraForCausalLM, "from_experts", watch)
     folder = train_head(head_recipe(project, experts, eval_every=20), progress=False)
-    model, before = seen[0]
+    model, before = seen[-1]  # the first was the trial on the meta device
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {"head.layers.0.weight", "head.layers.0.bias"}
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert changed == {"head.layers.0.weight", "head.layers.0.bias"}
@@ -80,7 +83,7 @@ def test_a_head_learns_to_route_and_nothing_else_changes(
     assert record["validation"]["routing_accuracy"] == 1.0
     assert set(record["validation"]) == {"loss", "loss_up", "loss_down", "routing_accuracy"}
     assert [log["step"] for log in record["validations"]] == [20, 40]
-    assert record["validations"][0]["eval_loss"] > record["validation"]["loss"]
+    assert record["validations"][0]["loss"] > record["validation"]["loss"]
     assert AutoTokenizer.from_pretrained(folder).eos_token == "<|im_end|>"
     loaded = XLoraForCausalLM.from_pretrained(folder)
     ids = torch.arange(4, 12)[None]
@@ -108,7 +111,7 @@ def accuracy(project: Path, experts: dict[str, str], **changes: Any) -> float:
 def test_the_routing_term_works_with_every_kind_of_head(
     project: Path, experts: dict[str, str], head: dict[str, Any]
 ) -> None:
-    assert accuracy(project, experts, head=head, zero_init="top_k_lora" in head) >= 0.9
+    assert accuracy(project, experts, head=head, init="zero" if "top_k_lora" in head else "random") >= 0.9
 
 
 def right_share(folder: Path, project: Path) -> float:
@@ -132,7 +135,7 @@ def test_the_routing_term_moves_the_share_of_the_right_expert_up(project: Path, 
 
 
 def test_experts_change_when_asked(project: Path, experts: dict[str, str]) -> None:
-    folder = train_head(head_recipe(project, experts, head={"use_trainable_adapters": True}), progress=False)
+    folder = train_head(head_recipe(project, experts, experts_learning_rate=1e-3), progress=False)
     for name, path in experts.items():
         before = read_tensors(Path(path) / "adapter_model.safetensors")
         after = read_tensors(folder / "experts" / name / "adapter_model.safetensors")
@@ -140,7 +143,9 @@ def test_experts_change_when_asked(project: Path, experts: dict[str, str]) -> No
         assert all(not torch.equal(before[key], after[key]) for key in before)
 
 
-@pytest.mark.parametrize("head", [{}, {"head_input": "running_mean", "xlora_depth": 2, "use_trainable_adapters": True}])
+@pytest.mark.parametrize(
+    "head", [{}, {"head_input": "running_mean", "xlora_depth": 2}, {"use_trainable_adapters": True}]
+)
 def test_a_run_that_was_broken_off_ends_as_an_unbroken_one(
     project: Path, experts: dict[str, str], head: dict[str, Any], breaking: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,6 +155,7 @@ def test_a_run_that_was_broken_off_ends_as_an_unbroken_one(
         "save_every": 4,
         "gradient_accumulation": 2,
         "gradient_checkpointing": True,
+        "experts_learning_rate": 1e-3 if "use_trainable_adapters" in head else None,
     }
     whole = train_head(head_recipe(project, experts, **changes, output=str(project / "whole")), progress=False)
     recipe = head_recipe(project, experts, **changes)
@@ -193,12 +199,200 @@ def test_statistics_are_those_of_what_the_head_reads(
         with torch.no_grad():
             model(torch.tensor([row.input_ids]))
     states_ND = torch.cat(seen).double()
-    mean_D, std_D = hidden_statistics(model, rows, pad_id=0, batch_size=2)
-    torch.testing.assert_close(mean_D.double(), states_ND.mean(dim=0), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(std_D.double(), states_ND.std(dim=0, correction=0), rtol=1e-4, atol=1e-5)
+    mean_D, std_D = statistics(states_of(model, rows, pad_id=0, batch_size=2))
+    torch.testing.assert_close(mean_D, states_ND.mean(dim=0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(std_D, states_ND.std(dim=0, correction=0), rtol=1e-4, atol=1e-5)
     assert len(decoder_layers(model.base)[1]) == 3
 
 
 def test_what_does_not_fit_is_named_before_training(project: Path, experts: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="adapts 7 modules below gate_at_layer=2"):
         train_head(head_recipe(project, experts, head={"gate_at_layer": 2}), progress=False)
+
+
+# --- without labels, and the other terms ---
+
+
+def unlabelled(project: Path) -> dict[str, Any]:
+    return {name: {"files": [str(project / f"{name}.jsonl")], "expert": None} for name in ("up", "down")}
+
+
+@pytest.mark.parametrize("soft_labels", ["row", "token"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_experts_own_losses_teach_the_head_where_nobody_labelled_rows(
+    project: Path, experts: dict[str, str], soft_labels: str, turned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Labels turned round on purpose turn the routing round: it is they that teach, not the next-token loss."""
+    if turned:
+        monkeypatch.setattr(training_head, "posterior", lambda *args: objective.posterior(*args).flip(-1))
+    changes = {"data": unlabelled(project), "routing_weight": 10.0, "soft_labels": soft_labels}
+    use = record_of(train_head(head_recipe(project, experts, **changes), progress=False))["use"]
+    right = {name: use[name][name] for name in ("up", "down")}
+    assert max(right.values()) < 0.5 if turned else min(right.values()) > 0.55, use
+
+
+def test_soft_labels_are_the_experts_posterior(project: Path, experts: dict[str, str]) -> None:
+    made: list[training_head.HeadTrainer] = []
+    recipe = head_recipe(project, experts, data=unlabelled(project), max_steps=1, head={"null_expert": True})
+    original = training_head.HeadTrainer.prepare
+
+    def watch(self: training_head.HeadTrainer, *args: Any) -> None:
+        original(self, *args)
+        made.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_head.HeadTrainer, "prepare", watch)
+        train_head(recipe, progress=False)
+    (trainer,) = made
+    model, example = trainer.model, trainer.seen[0]
+    ids, start = torch.tensor([example.input_ids]), example.completion_start
+    sums = []
+    for router in (routers.Single("up"), routers.Single("down"), routers.BaseOnly()):
+        with torch.no_grad(), model.routing(router):
+            logits = model(ids, use_cache=False).logits[0, start - 1 : -1]
+        sums.append(-torch.log_softmax(logits, dim=-1).gather(1, ids[0, start:, None]).sum())
+    likelihood = torch.exp(-torch.stack(sums))
+    torch.testing.assert_close(trainer.soft[example.input_ids], likelihood / likelihood.sum(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["balance", "entropy"])
+def test_a_term_moves_what_it_is_about(project: Path, experts: dict[str, str], kind: str) -> None:
+    """One-sided rows: the routing term alone leaves the other expert unused, and the scalings sharp or flat."""
+    found = {}
+    for weight in (0.0, 20.0):
+        changes = {"data": {"up": str(project / "up.jsonl")}, "valid": {"up": str(project / "up-valid.jsonl")}}
+        changes |= {f"{kind}_weight": weight, "output": str(project / f"w{weight}"), "max_steps": 20}
+        if kind == "entropy":
+            changes |= {"routing_weight": 0.0}
+        found[weight] = record_of(train_head(head_recipe(project, experts, **changes), progress=False))
+    use, entropy = ({w: r[key]["up"] for w, r in found.items()} for key in ("use", "entropy"))
+    if kind == "balance":
+        assert use[20.0]["down"] > use[0.0]["down"] + 0.1, use
+    else:
+        assert entropy[20.0] < 0.75 * entropy[0.0], entropy
+    assert [kind in found[w]["parts"] for w in found] == [False, True]
+
+
+def test_the_parts_add_up_to_the_loss(project: Path, experts: dict[str, str]) -> None:
+    changes = {"balance_weight": 0.5, "entropy_weight": 0.5, "max_steps": 5, "gradient_accumulation": 2}
+    record = record_of(train_head(head_recipe(project, experts, **changes), progress=False))
+    assert set(record["parts"]) == {"cross_entropy", "routing", "balance", "entropy"}
+    for number, (step, loss) in enumerate(record["losses"]):
+        parts = [values[number] for values in record["parts"].values()]
+        assert {at for at, _ in parts} == {step}
+        assert loss == pytest.approx(sum(value for _, value in parts), rel=1e-4)
+
+
+def test_the_softmax_cools_down_to_the_model_s_own_temperature(
+    project: Path, experts: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heats: list[float] = []
+    decide = training_head.Watched.decide
+    monkeypatch.setattr(
+        training_head.Watched, "decide", lambda self, *args: (heats.append(self.heat), decide(self, *args))[1]
+    )
+    changes = {"start_temperature": 8.0, "head": {"softmax_temperature": 2.0}, "max_steps": 3, "valid": {}}
+    train_head(head_recipe(project, experts, **changes), progress=False)
+    assert heats == pytest.approx([4.0, 2.0, 1.0])
+
+
+def test_experts_learn_at_their_own_rate(project: Path, experts: dict[str, str]) -> None:
+    folders = {
+        rate: train_head(
+            head_recipe(project, experts, experts_learning_rate=rate, max_steps=1, output=str(project / f"{rate}")),
+            progress=False,
+        )
+        for rate in (1e-4, 1e-2)
+    }
+    moved = {}
+    for rate, folder in folders.items():
+        before = read_tensors(Path(experts["up"]) / "adapter_model.safetensors")
+        after = read_tensors(folder / "experts" / "up" / "adapter_model.safetensors")
+        moved[rate] = max((after[key] - before[key]).abs().max().item() for key in before)
+    assert moved[1e-4] == pytest.approx(1e-4, rel=0.05)  # the first step of AdamW
+    assert moved[1e-2] == pytest.approx(1e-2, rel=0.05)
+    heads = [read_tensors(folder / "head.safetensors")["layers.0.weight"] for folder in folders.values()]
+    assert torch.equal(*heads)
+
+
+@pytest.mark.parametrize("layerwise", [True, False])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_head_that_starts_from_arrow_routes_as_arrow_does(
+    project: Path, experts: dict[str, str], layerwise: bool, depth: int
+) -> None:
+    fields = {"layerwise_scalings": layerwise, "xlora_depth": depth, "xlora_size": 64}
+    model = XLoraForCausalLM.from_experts(project / "base", experts, **fields)
+    rows = read_examples({None: [project / "up.jsonl", project / "down.jsonl"]}, tiny_tokenizer(), 512).items
+    fit_to_arrow(model, rows, pad_id=0, batch_size=8)
+    ids = torch.tensor([rows[3].input_ids])
+    with torch.no_grad():
+        ours = model(ids).scalings
+        with model.routing(routers.Arrow()):
+            theirs = model(ids).scalings
+    if not layerwise:
+        logits = theirs.log().mean(dim=2, keepdim=True)
+        theirs = torch.softmax(logits, dim=-1).expand_as(ours)
+    error, spread = (ours - theirs).abs().mean(), (theirs - theirs.mean()).abs().mean()
+    assert error < 0.5 * spread, (error, spread)
+
+
+def test_without_a_state_cache_the_head_comes_out_the_same(project: Path, experts: dict[str, str]) -> None:
+    heads = []
+    for room in (0.0, 1e-9, 10.0):
+        changes = {"state_cache_gb": room, "head": {"head_input": ["token", "running_mean"]}}
+        recipe = head_recipe(project, experts, **changes, max_steps=5, output=str(project / f"gb{room}"))
+        heads.append(read_tensors(train_head(recipe, progress=False) / "head.safetensors"))
+    for name, tensor in heads[0].items():
+        assert torch.equal(heads[1][name], tensor)
+        torch.testing.assert_close(heads[2][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_the_states_are_computed_once_for_all_runs(
+    project: Path, experts: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_head(head_recipe(project, experts, max_steps=20))
+    assert "head states: " in capsys.readouterr().err
+    monkeypatch.setattr(XLoraForCausalLM, "compute_head_states", lambda *_: pytest.fail("computed again"))
+    train_head(head_recipe(project, experts, max_steps=20, learning_rate=1e-2, output=str(project / "again")))
+
+
+def test_a_weight_draws_rows_more_often(project: Path, experts: dict[str, str]) -> None:
+    data = {"up": {"files": str(project / "up.jsonl"), "weight": 3.0}, "down": str(project / "down.jsonl")}
+    made: list[int] = []
+    plan = training_head.HeadTrainer.plan
+
+    def watch(self: training_head.HeadTrainer, train: Any, settings: Any) -> list[int]:
+        order = plan(self, train, settings)
+        made.extend(train[i].domain == "up" for i in order)
+        return order
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_head.HeadTrainer, "plan", watch)
+        train_head(head_recipe(project, experts, data=data, max_steps=10, valid={}), progress=False)
+    assert len(made) == 40
+    assert 29 <= sum(made) <= 31
+
+
+def test_what_the_record_tells(project: Path, experts: dict[str, str]) -> None:
+    record = record_of(train_head(head_recipe(project, experts, valid_rows=4, eval_every=20), progress=False))
+    assert record["kind"] == "head"
+    assert record["rows"]["valid"]["items"] == 8
+    assert set(record["references"]) == {"base", "uniform", "single:up", "single:down"}
+    assert set(record["references"]["single:up"]) == {"loss", "loss_up"}
+    for use in record["use"].values():
+        assert sum(use.values()) == pytest.approx(1.0, abs=1e-5)
+    assert set(record["entropy"]) == {"up", "down"}
+    assert (project / "model" / "report.html").is_file()
+    assert (project / "model" / "report.md").is_file()
+
+
+def test_what_does_not_fit_shows_before_the_base_is_loaded(
+    project: Path, experts: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tiny_base("llama", hidden_size=48, intermediate_size=64)
+    other.save_pretrained(project / "other")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("the base was loaded"))
+    monkeypatch.setattr(training_head, "read_data", lambda *_: pytest.fail("the rows were read"))
+    with pytest.raises(BaseMismatchError, match=r"expert 'up' .*: made for another base: module .* maps 32 to 32"):
+        train_head(head_recipe(project, experts, base=str(project / "other")), progress=False)
+    assert not (project / "model.work").exists()

@@ -19,10 +19,10 @@ from xloom.routers import BaseOnly, Router, Single, Uniform, XLora
 from xloom.suite.base_model import BUILTIN_BASE, builtin_base
 from xloom.suite.disk import file_sha256
 from xloom.suite.domains import DOMAINS, DomainFiles, build_domain
-from xloom.training.data import Row, read_rows
 from xloom.training.expert import train_expert
 from xloom.training.head import train_head
-from xloom.training.recipe import ExpertRecipe, HeadRecipe, Lora
+from xloom.training.recipe import Domain, ExpertRecipe, HeadRecipe, Lora
+from xloom.training.rows import Row, read_rows
 
 MIXTURE = "X-LoRA"
 ADAPTED_LAYERS = tuple(range(10, 30))  # of the base's 30: a third less to train back through
@@ -82,7 +82,7 @@ def _head_recipe(folder: Path, domains: dict[str, DomainFiles], experts: dict[st
         base=BUILTIN_BASE,
         output=str(folder / "model"),
         experts={name: str(path) for name, path in experts.items()},
-        data={name: (str(files.train),) for name, files in domains.items()},
+        data={name: Domain(files=(str(files.train),)) for name, files in domains.items()},
         head={"layerwise_scalings": True},
         max_steps=steps,
         batch_size=8,

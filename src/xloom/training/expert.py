@@ -6,7 +6,6 @@ Knows nothing of mixing: any tool that reads PEFT adapters can use the result.
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
@@ -15,9 +14,11 @@ from transformers.pytorch_utils import Conv1D
 from xloom.architecture import check_base
 from xloom.errors import NotFoundError, RecipeError
 from xloom.suite.base_model import resolve_base
-from xloom.training.data import Examples, read_examples
+from xloom.training.base import base_options
+from xloom.training.data import Examples, read_examples, rows_record
 from xloom.training.loop import CompletionTrainer, train
 from xloom.training.recipe import ExpertRecipe, Lora
+from xloom.training.rows import find_source
 from xloom.training.run import Run, load_tokenizer, pad_id, quiet
 
 
@@ -42,35 +43,27 @@ def train_expert(recipe: ExpertRecipe, *, progress: bool = True) -> Path:
     with quiet(), run.bar() as callbacks:
         source = recipe.base_source
         tokenizer = load_tokenizer(source)
-        rows = read_examples({None: [recipe.path(p) for p in recipe.train]}, tokenizer, recipe.max_length)
-        valid = Examples()
-        if recipe.valid:
-            valid = read_examples({None: [recipe.path(p) for p in recipe.valid]}, tokenizer, recipe.max_length)
+        rows, valid = (
+            read_examples({None: [find_source(w, recipe.folder) for w in words]}, tokenizer, recipe.max_length)
+            if words
+            else Examples()
+            for words in (recipe.train, recipe.valid)
+        )
         run.say(f"{run.output.name}: {rows}" + (f"; validation: {valid}" if recipe.valid else ""))
         model = _adapted(_load_base(source, recipe), recipe)
         trainer = CompletionTrainer(
             model, run.settings(), rows.items, valid.items, pad_id=pad_id(tokenizer), callbacks=callbacks
         )
         train(trainer, checkpoint)
-        results = summary(trainer, rows, valid)
+        with model.disable_adapter():
+            references = {"references": {"base": trainer.measure()}} if valid.items else {}
+        results = {"kind": "expert", "rows": rows_record(rows, valid), **trainer.summary(), **references}
         return run.publish(lambda folder: _write(model, recipe, results, folder), results)
-
-
-def summary(trainer: CompletionTrainer, rows: Examples, valid: Examples) -> dict[str, Any]:
-    """What a run tells of itself: rows, losses by step, validation at the end."""
-    logs = trainer.state.log_history
-    return {
-        "rows": {"train": vars(rows) | {"items": len(rows.items)}, "valid": vars(valid) | {"items": len(valid.items)}},
-        "steps": trainer.state.global_step,
-        "losses": [[log["step"], log["loss"]] for log in logs if "loss" in log],
-        "validations": [log for log in logs if "eval_loss" in log],
-        "validation": trainer.measure(),
-    }
 
 
 def _load_base(source: str, recipe: ExpertRecipe) -> PreTrainedModel:
     try:
-        model = AutoModelForCausalLM.from_pretrained(resolve_base(source), dtype=getattr(torch, recipe.dtype))
+        model = AutoModelForCausalLM.from_pretrained(resolve_base(source), **base_options(recipe))
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise NotFoundError(f"base model {recipe.base}: cannot be loaded ({reason})") from None

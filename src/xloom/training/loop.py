@@ -1,17 +1,18 @@
 """One training loop for experts and heads: transformers' Trainer with a loss at completion tokens only.
 
 Knows nothing of recipes, files of results, or of what is trained: whatever has `requires_grad` is. Checkpoints hold
-that alone, as safetensors, and nothing of the base. The optimizer, scheduler and random states beside it are
-Trainer's own `.pt` and `.pth` files: pickles, read with `weights_only`, private to the work folder that they resume.
+that alone, and nothing of the base. Several processes share the rows of every batch and see the same losses as one.
 Letters: B batch  K kept positions at the end  V vocabulary
 """
 
+import dataclasses
 import inspect
-import json
+import math
 import signal
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -21,14 +22,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from xloom.errors import CheckpointError, DivergedError
-from xloom.files import read_tensors, write_tensors
+from xloom.files import read_json, read_tensors
+from xloom.training import checkpoint as files
+from xloom.training import history, processes
+from xloom.training.checkpoint import last_checkpoint, like, whole
 from xloom.training.data import IGNORED, Example, collate, plan_batches
 
-WEIGHTS = "trained.safetensors"
-STATE = "trainer_state.json"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclasses.dataclass
+class Settings(TrainingArguments):
+    """TrainingArguments, and when to stop early: after `patience` validations without a lower loss (None: never)."""
+
+    patience: int | None = None
 
 
 class Planned(Dataset[Example]):
@@ -59,17 +77,18 @@ class CompletionTrainer(Trainer):
 
     Args:
         model: a causal model, a PEFT model or an `XLoraForCausalLM`.
-        settings: from `training_arguments`; `max_steps` and the batch size give the order of rows.
+        settings: `max_steps` and the batch size, over all processes, give the order of rows.
         train, valid: examples; `valid` may be empty.
         experts: names that a row's domain may be.
     """
 
     control: Any
+    state: Any
 
     def __init__(
         self,
         model: nn.Module,
-        settings: TrainingArguments,
+        settings: Settings,
         train: Sequence[Example],
         valid: Sequence[Example],
         *,
@@ -78,24 +97,33 @@ class CompletionTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.pad_id, self.experts = pad_id, tuple(experts)
+        self.patience = settings.patience
         self.step_totals: dict[str, float] = {}
-        batches = settings.max_steps * settings.gradient_accumulation_steps
-        size = settings.per_device_train_batch_size
-        order = plan_batches([len(e.input_ids) for e in train], size, batches, settings.seed)
+        self.asked = self.stopping = False  # by a signal here; agreed on by all processes
+        self._sums: dict[str, Tensor] = {}
+        self._parts: dict[str, float] = {}
+        self._best: dict[str, Tensor] | None = None
+        self._seconds, self._since = 0.0, time.monotonic()
         super().__init__(
             model=model,
             args=settings,
             data_collator=self.collate,
-            train_dataset=Planned(train, order),
+            train_dataset=Planned(train, self.plan(train, settings)),
             eval_dataset=sorted(valid, key=lambda e: len(e.input_ids)),
-            callbacks=list(callbacks),
+            callbacks=[*callbacks, _Watch(self)],
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the loss below is one over all tokens of a step
         self._takes_positions = "position_ids" in inspect.signature(_unwrapped(model).forward).parameters
 
+    def plan(self, train: Sequence[Example], settings: Settings) -> list[int]:
+        """Row numbers of the whole run. Processes take turns at each batch's parts, so their number changes nothing."""
+        size = settings.per_device_train_batch_size * processes.count()
+        batches = settings.max_steps * settings.gradient_accumulation_steps
+        return plan_batches([len(e.input_ids) for e in train], size, batches, settings.seed)
+
     def collate(self, examples: Sequence[Example]) -> dict[str, Any]:
-        return collate(examples, self.pad_id, self.experts)
+        return collate(examples, self.pad_id, {name: i for i, name in enumerate(self.experts)})
 
     # --- the loss ---
 
@@ -118,7 +146,7 @@ class CompletionTrainer(Trainer):
         totals: Counter[str] = Counter()
         for batch in batches:
             totals.update(self.counts(batch))
-        self.step_totals = {name: max(total, 1.0) for name, total in totals.items()}
+        self.step_totals = {name: max(total, 1.0) for name, total in processes.totals(totals).items()}
         return batches, tokens
 
     def compute_loss(
@@ -129,40 +157,72 @@ class CompletionTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         out = self.outputs(model, inputs)
-        loss = torch.stack(list(self.terms(out, inputs).values())).sum()
-        if not torch.isfinite(loss):
-            raise DivergedError(f"step {self.state.global_step + 1}: the loss is {loss.item()}; lower learning_rate")
+        terms = self.terms(out, inputs)
+        for name, term in terms.items():
+            self._sums[name] = self._sums.get(name, torch.zeros_like(term)) + term.detach()
+        # gradients (and logged losses) are averaged over processes, but the terms of all processes add up
+        loss = torch.stack(list(terms.values())).sum() * processes.count()
         return (loss, out) if return_outputs else loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Called before the weights are changed: the place to refuse a step, alike on all processes."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._parts = processes.totals({name: term.item() for name, term in self._sums.items()})
+        self._sums = {}
+        loss = sum(self._parts.values())
+        if not math.isfinite(loss):
+            self._refuse(f"the loss is {loss}")
+        if not math.isfinite(norm):
+            self._refuse(f"the gradient's norm is {float(norm)}")
+        return norm
+
+    def _refuse(self, what: str) -> None:
+        last = last_checkpoint(Path(self.args.output_dir))
+        kept = f"step {files.step_of(last)} is kept in {last.parent}" if last else "no step is kept yet"
+        raise DivergedError(f"step {self.state.global_step + 1}: {what}; lower learning_rate ({kept})")
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= {f"{history.PART}{name}": value for name, value in self._parts.items()}
+        logs["seconds"] = self._seconds + time.monotonic() - self._since
+        super().log(logs)
 
     # --- validation ---
 
     def forwards(self, examples: Sequence[Example]) -> Iterator[tuple[dict[str, Any], list[Example], Any]]:
-        """Batches of examples with the model's outputs, without gradients or dropout."""
+        """This process's share of batches of examples with the model's outputs, without gradients or dropout."""
         assert self.model is not None
         self.model.eval()
-        size = self.args.per_device_train_batch_size
-        for start in range(0, len(examples), size):
+        size, here, number = self.args.per_device_train_batch_size, processes.index(), processes.count()
+        starts = list(range(0, len(examples), size))
+        for turn in range(0, len(starts), number):
+            # A process with nothing left goes along: a model that is spread over processes needs them all.
+            start = starts[min(turn + here, len(starts) - 1)]
             rows = list(examples[start : start + size])
             batch = self._prepare_inputs(self.collate(rows))
             with torch.no_grad():
                 out = self.outputs(self.model, batch)
-            yield batch, rows, out
+            if turn + here < len(starts):
+                yield batch, rows, out
 
     def measure(self) -> dict[str, Any]:
-        """Loss per completion token on the validation rows, in all and by domain."""
-        sums: dict[str, list[float]] = {}
+        """Loss per completion token on the validation rows, in all and by domain, and the means of `observe`."""
+        sums: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
         for batch, rows, out in self.forwards(self.validation):
             losses_B, tokens_B = row_losses(out.logits, batch["labels"])
-            self.observe(batch, out)
+            for name, (total, count) in (self.observe(batch, out) or {}).items():
+                sums[name] += total  # type: ignore[assignment]
+                counts[name] += count  # type: ignore[assignment]
             for row, loss, tokens in zip(rows, losses_B.tolist(), tokens_B.tolist(), strict=True):
                 for key in {"loss", f"loss_{row.domain}" if row.domain else "loss"}:
-                    total = sums.setdefault(key, [0.0, 0.0])
-                    total[0] += loss
-                    total[1] += tokens
-        return {key: loss / tokens for key, (loss, tokens) in sorted(sums.items())}
+                    sums[key] += loss
+                    counts[key] += tokens
+        all_sums, all_counts = processes.totals(sums), processes.totals(counts)
+        return {key: all_sums[key] / all_counts[key] for key in sorted(all_sums) if all_counts[key]}
 
-    def observe(self, batch: dict[str, Any], out: Any) -> None:
-        """Told of every validation batch."""
+    def observe(self, batch: dict[str, Any], out: Any) -> Mapping[str, tuple[float, float]] | None:
+        """Told of every validation batch of this process; sums and counts by name, whose quotients `measure` adds."""
 
     @property
     def validation(self) -> list[Example]:
@@ -171,10 +231,35 @@ class CompletionTrainer(Trainer):
         return found
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        metrics = {f"eval_{key}": value for key, value in self.measure().items()}
+        metrics = {f"{history.EVAL}{key}": value for key, value in self.measure().items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.patience is not None:
+            if history.best_step(self.state.log_history) == self.state.global_step:
+                self._best = self._copy()
+            if history.stopped_early(self.state.log_history, self.patience):
+                self.control.should_training_stop = self.control.should_save = True
+        self.heed()
         return metrics
+
+    # --- stopping ---
+
+    @property
+    def ended(self) -> bool:
+        """True when there is no further step to make."""
+        early = history.stopped_early(self.state.log_history, self.patience)
+        return early or self.state.global_step >= self.args.max_steps
+
+    def heed(self, save: bool = True) -> None:
+        """Stops, and saves, if a process was asked to; all of them take part."""
+        if processes.any_of(self.asked) and not self.ended:
+            self.stopping = True
+            self.control.should_training_stop = True
+            self.control.should_save |= save
+
+    def summary(self) -> dict[str, Any]:
+        """What training.json tells of the run, see `history.record`, and `validation` of what is published."""
+        return history.record(self.state.log_history, self.patience) | {"validation": self.measure()}
 
     # --- checkpoints ---
 
@@ -183,79 +268,123 @@ class CompletionTrainer(Trainer):
         assert self.model is not None
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / WEIGHTS, self.trained())
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: whole(tensor).to("cpu", copy=True) for name, tensor in self.trained().items()}
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        saved, here = read_tensors(Path(resume_from_checkpoint) / WEIGHTS), self.trained()
+    def _put(self, saved: Mapping[str, Tensor], where: str) -> None:
+        here = self.trained()
         if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in here.items()}:
-            raise CheckpointError(f"{resume_from_checkpoint}: its tensors are not those of this run; delete the folder")
+            raise CheckpointError(f"{where}: its tensors are not those of this run; delete the folder")
         with torch.no_grad():
             for name, tensor in here.items():
-                tensor.copy_(saved[name])
+                tensor.copy_(like(saved[name], tensor))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Trainer would write the base and a pickle of its settings."""
+        raise NotImplementedError("checkpoints are written by _save_checkpoint")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        self.store_flos()
+        optimizer, values = files.optimizer_state(self.optimizer)
+        random, random_values = files.random_states(processes.gather(files.random_state()))
+        tensors = {files.WEIGHTS: self._copy(), files.OPTIMIZER: optimizer, files.RANDOM: random}
+        if self._best is not None:
+            tensors[files.BEST] = self._best
+        texts = {
+            files.OPTIMIZER_VALUES: values | {"schedule": self.lr_scheduler.state_dict()},
+            files.RANDOM_VALUES: random_values,
+            files.STATE: dataclasses.asdict(self.state),
+        }
+        work, step = Path(self.args.output_dir), self.state.global_step
+        processes.first(lambda: files.write_checkpoint(work, step, tensors, texts))
+        self.heed(save=False)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        self._put(read_tensors(folder / files.WEIGHTS), resume_from_checkpoint)
+        if (folder / files.BEST).is_file():
+            self._best = read_tensors(folder / files.BEST)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            values = read_json(Path(checkpoint) / files.OPTIMIZER_VALUES)
+            files.set_optimizer_state(self.optimizer, read_tensors(Path(checkpoint) / files.OPTIMIZER), values)
+            self.lr_scheduler.load_state_dict(values["schedule"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        found = files.read_random_state(Path(checkpoint), processes.index()) if checkpoint else None
+        if found is not None:
+            files.set_random_state(*found)
+
+    def _resume_ended(self, checkpoint: Path) -> bool:
+        """Takes over a checkpoint after which there is nothing to train, as it is; False if there is."""
+        before, self.state = self.state, TrainerState.load_from_json(str(checkpoint / files.STATE))
+        if self.ended:
+            self._load_from_checkpoint(str(checkpoint))
+            return True
+        self.state = before
+        return False
 
 
 def train(trainer: CompletionTrainer, checkpoint: Path | None) -> None:
-    """Runs to the end. Ctrl-C finishes the step, writes a checkpoint and raises KeyboardInterrupt.
+    """Runs to the end; with early stopping, the model then has the weights of the best validation.
+
+    Ctrl-C or SIGTERM finishes the step (and a validation or checkpoint that is under way), writes a checkpoint and
+    raises KeyboardInterrupt; a second one interrupts at once.
 
     Raises:
-        DivergedError: the loss or a trained weight is not finite.
+        DivergedError: a loss, a gradient or a trained weight is not finite.
+        CheckpointError: a checkpoint cannot be written.
     """
-    stop = _StopAfterStep()
-    trainer.add_callback(stop)
-    with stop.on_interrupt():
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if stop.asked and trainer.state.global_step < trainer.args.max_steps:
+    with _asking(trainer):
+        if checkpoint is None or not trainer._resume_ended(checkpoint):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.stopping:
         raise KeyboardInterrupt
+    if trainer._best is not None:
+        trainer._put(trainer._best, "best weights")
     for name, tensor in trainer.trained().items():
-        if not torch.isfinite(tensor).all():
+        if not torch.isfinite(whole(tensor)).all():
             raise DivergedError(f"step {trainer.state.global_step}: weight {name} holds NaN or infinity")
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end: its state file, which is written last, can be read."""
-    found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    for path in sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True):
-        try:
-            json.loads((path / STATE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return path
-    return None
+class _Watch(TrainerCallback):
+    """Tells the trainer of what Trainer has no methods for."""
 
+    def __init__(self, trainer: CompletionTrainer) -> None:
+        self.trainer = trainer
 
-class _StopAfterStep(TrainerCallback):
-    """Turns the first Ctrl-C into "save and stop after this step"; the second one interrupts at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    @contextmanager
-    def on_interrupt(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            if self.asked:
-                raise KeyboardInterrupt
-            self.asked = True
-
-        before = signal.signal(signal.SIGINT, ask)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-    def on_step_end(
+    def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        if self.asked:
-            control.should_training_stop = control.should_save = True
-            control.should_evaluate = False
-        return control
+    ) -> None:
+        logs = state.log_history
+        self.trainer._seconds = logs[-1].get("seconds", 0.0) if logs else 0.0
+        self.trainer._since = time.monotonic()
+        if processes.count() > 1:  # or all processes would drop out the same
+            set_seed(args.seed + state.global_step * processes.count() + processes.index())
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.heed()
+
+
+@contextmanager
+def _asking(trainer: CompletionTrainer) -> Iterator[None]:
+    """Inside the block the first signal asks to stop; the second one interrupts at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if trainer.asked:
+            raise KeyboardInterrupt
+        trainer.asked = True
+
+    before = {number: signal.signal(number, ask) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 from xloom.config import XLoraConfig, check_expert_names, check_field_names
 from xloom.errors import RecipeError, XLoomError, names
 from xloom.files import fetch_folder
+from xloom.training.rows import find_source
 
 _NAME_OR_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _R = TypeVar("_R", bound="Recipe")
@@ -36,7 +37,9 @@ def _check_targets(value: Any) -> Any:
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-Paths = Annotated[tuple[str, ...], BeforeValidator(_as_list), Field(min_length=1)]
+Weight = Annotated[float, Field(ge=0)]
+Word = Annotated[str, Field(min_length=1)]
+Paths = Annotated[tuple[Word, ...], BeforeValidator(_as_list), Field(min_length=1)]
 Targets = Annotated[Literal["all-linear"] | tuple[str, ...], BeforeValidator(_check_targets)]
 
 
@@ -66,6 +69,36 @@ class Lora(BaseModel):
     layers_to_transform: tuple[Annotated[int, Field(strict=True, ge=0)], ...] | None = None
 
 
+class Domain(BaseModel):
+    """Rows of one domain for the head.
+
+    Args:
+        files: what holds them, see `rows.find_source`.
+        expert: the right expert for them; by default the one that has the domain's name. None: there is no single
+            right one, and the experts' own losses say how well each suits a row.
+        weight: of these rows among all that are drawn. Where one domain has a weight, those without count as 1; where
+            none has, every row is drawn equally often.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    files: Paths
+    expert: str | None = None
+    weight: Annotated[float, Field(gt=0)] | None = None
+
+    @property
+    def says_expert(self) -> bool:
+        """Whether `expert` was given, be it as null."""
+        return "expert" in self.model_fields_set
+
+
+def _as_domain(value: Any) -> Any:
+    return {"files": value} if isinstance(value, (str, list, tuple)) else value
+
+
+Domains = dict[str, Annotated[Domain, BeforeValidator(_as_domain)]]
+
+
 class Recipe(_Checked):
     """What both kinds of run have in common.
 
@@ -77,6 +110,7 @@ class Recipe(_Checked):
         warmup_ratio: share of the steps over which the learning rate rises.
         max_length: tokens; longer rows are left out and counted.
         dtype: of the frozen base. What is trained stays float32.
+        quantisation: of the frozen base's linear modules, by bitsandbytes: "4bit" (nf4) or "8bit".
         eval_every: steps between validations; None validates at the end only.
         save_every: steps between checkpoints that an interrupted run resumes from.
         early_stopping: stop after so many validations without a lower loss, and keep the best; needs `eval_every`.
@@ -91,6 +125,7 @@ class Recipe(_Checked):
     max_length: Count = 512
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
+    quantisation: Literal["4bit", "8bit"] | None = None
     eval_every: Count | None = None
     save_every: Count = 100
     early_stopping: Count | None = None
@@ -104,10 +139,13 @@ class Recipe(_Checked):
         """The recipe's file, for messages."""
         return str(self._file or type(self).__name__)
 
+    @property
+    def folder(self) -> Path:
+        """Where relative paths start: the recipe's folder, or here if it was made in Python."""
+        return self._file.parent if self._file else Path()
+
     def path(self, word: str) -> Path:
-        """A path of the recipe: relative ones start at the recipe's folder, or here if it was made in Python."""
-        folder = self._file.parent if self._file else Path()
-        return (folder / Path(word).expanduser()).absolute()
+        return (self.folder / Path(word).expanduser()).absolute()
 
     @property
     def output_folder(self) -> Path:
@@ -130,8 +168,10 @@ class Recipe(_Checked):
         files = self.data_files()
         for key, words in files.items():
             for word in words:
-                if not self.path(word).is_file():
-                    self.refuse(key, "a JSONL file", f"nothing at {self.path(word)}")
+                try:
+                    find_source(word, self.folder)
+                except XLoomError as error:
+                    raise RecipeError(f"{self.where}: {key}: {error}") from None
         if self.eval_every and not any(key.startswith("valid") for key in files):
             self.refuse("eval_every", "validation files under 'valid'", "none")
         if self.early_stopping and not self.eval_every:
@@ -157,22 +197,56 @@ class HeadRecipe(Recipe):
 
     Args:
         experts: LoRA folder or hub id by name, in the order of the scalings' last axis.
-        data, valid: JSONL files by domain. Rows of a domain that has an expert's name are labelled with it.
+        data: domains by name; files alone, or the fields of `Domain`.
+        valid: files by domain, for validation.
+        valid_rows: of each domain at most, evenly spaced.
         head: fields of `XLoraConfig`.
-        routing_weight: of the cross-entropy between a labelled row's mean scalings and its expert.
-        zero_init: start from equal scalings.
+        init: "zero" starts from equal scalings, "random" as torch makes a Linear, "arrow" from a least-squares fit to
+            what Arrow routing (arXiv 2405.11157) does on some of the rows.
+        routing_weight: of the cross-entropy between a row's mean share and its right expert.
+        soft_labels: what rows without a right expert are held against: each expert's own likelihood of the whole
+            completion ("row") or of each of its tokens ("token"); "off" leaves them to the next-token loss.
+        soft_temperature: divides the losses before the soft labels' softmax; 1 is Bayes' posterior.
+        balance_weight: of log N - H(mean share of a batch), in nats.
+        entropy_weight: of the mean entropy of the shares per token and site, in nats; above 0 sharpens.
+        start_temperature: of the head's softmax at the first step, going down geometrically to
+            `head.softmax_temperature`; None keeps it there throughout.
+        experts_learning_rate: trains the experts along with the head, at this rate.
+        state_cache_gb: room on disk for what the head reads of each row; 0 computes it anew in every step.
     """
 
     experts: dict[str, str]
-    data: Annotated[dict[str, Paths], Field(min_length=1)]
+    data: Annotated[Domains, Field(min_length=1)]
     valid: dict[str, Paths] = {}
+    valid_rows: Count = 200
     head: dict[str, Any] = {}
-    routing_weight: Annotated[float, Field(ge=0)] = 1.0
-    zero_init: bool = True
+    init: Literal["zero", "random", "arrow"] = "zero"
     learning_rate: Annotated[float, Field(gt=0)] = 5e-3
+    routing_weight: Weight = 1.0
+    soft_labels: Literal["row", "token", "off"] = "row"
+    soft_temperature: Annotated[float, Field(gt=0)] = 1.0
+    balance_weight: Weight = 0.0
+    entropy_weight: Weight = 0.0
+    start_temperature: Annotated[float, Field(gt=0)] | None = None
+    experts_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    state_cache_gb: Weight = 10.0
 
     def data_files(self) -> dict[str, tuple[str, ...]]:
-        return {f"{key}.{domain}": v for key in ("data", "valid") for domain, v in getattr(self, key).items()}
+        train = {f"data.{name}": domain.files for name, domain in self.data.items()}
+        return train | {f"valid.{name}": files for name, files in self.valid.items()}
+
+    def right_experts(self) -> dict[str, str]:
+        """The right expert by domain, for the domains that have one."""
+        found = {name: name for name in [*self.data, *self.valid] if name in self.experts}
+        for name, domain in self.data.items():
+            if domain.says_expert:
+                found.pop(name, None)
+                found |= {name: domain.expert} if domain.expert else {}
+        return found
+
+    def head_fields(self) -> dict[str, Any]:
+        """The fields of `XLoraConfig` that the model is made with."""
+        return self.head | ({"use_trainable_adapters": True} if self.experts_learning_rate else {})
 
     def expert_source(self, name: str) -> str:
         """An expert's folder as an absolute path, or its hub id as it is."""
@@ -189,22 +263,36 @@ class HeadRecipe(Recipe):
                 path = self.path(word)
                 found = f"nothing at {path}" if path.parent.is_dir() else str(error)
                 self.refuse(f"experts.{name}", "a LoRA folder or a hub id", found)
-        if self.routing_weight and not set(self.data) & set(self.experts):
-            self.refuse(
-                "routing_weight",
-                f"0 where no domain has an expert's name (experts {names(self.experts)}; domains {names(self.data)})",
-                f"{self.routing_weight:g}",
-            )
+        self._check_domains()
+
+    def _check_domains(self) -> None:
+        for name, domain in self.data.items():
+            if domain.expert is not None and domain.expert not in self.experts:
+                self.refuse(
+                    f"data.{name}.expert", f"one of {names(self.experts)}, or null", _near(domain.expert, self.experts)
+                )
+            if not domain.says_expert and name not in self.experts:
+                wanted = f"an expert's name ({names(self.experts)}), or 'expert: NAME' or 'expert: null' below it"
+                self.refuse(f"data.{name}", wanted, _near(name, self.experts))
+        for name in self.valid:
+            if name not in self.data and name not in self.experts:
+                self.refuse("valid", f"domains of data ({names(self.data)})", _near(name, self.data))
+        if not self.right_experts() and self.routing_weight and self.soft_labels == "off":
+            self.refuse("soft_labels", "'row' or 'token' (or routing_weight 0) where no domain has an expert", "'off'")
 
     def _check_head(self) -> None:
         try:
             check_expert_names(list(self.experts))
             check_field_names(list(self.head))
-            config = XLoraConfig(**self.head, experts=list(self.experts))
+            config = XLoraConfig(**self.head_fields(), experts=list(self.experts))
         except XLoomError as error:
             raise RecipeError(f"{self.where}: head: {error}") from None
+        if config.use_trainable_adapters and not self.experts_learning_rate:
+            self.refuse("head.use_trainable_adapters", "experts_learning_rate, which trains the experts", "none")
         if config.use_trainable_adapters and self.dtype != "float32":
-            self.refuse("dtype", "float32 with head.use_trainable_adapters", self.dtype)
+            self.refuse("dtype", "float32 where experts are trained", self.dtype)
+        if self.start_temperature and not config.enable_softmax:
+            self.refuse("start_temperature", "a head with enable_softmax", "enable_softmax: false")
 
 
 def load_expert_recipe(path: str | Path) -> ExpertRecipe:
@@ -239,15 +327,26 @@ def _one_line(kind: type[BaseModel], problem: Mapping[str, Any]) -> str:
     loc: tuple[Any, ...] = problem["loc"]
     key = ".".join(str(part) for part in loc if not str(part).startswith(("literal[", "tuple[")))
     if problem["type"] == "extra_forbidden":
-        known = Lora.model_fields if loc[0] == "lora" and len(loc) > 1 else kind.model_fields
-        return f"unknown key {key!r}{_nearest(str(loc[-1]), known)}"
+        inner: dict[Any, type[BaseModel]] = {"lora": Lora, "data": Domain}
+        known = inner.get(loc[0], kind) if len(loc) > 1 else kind
+        return f"unknown key {key!r}{_nearest(str(loc[-1]), known.model_fields)}"
     if problem["type"] == "missing":
         return f"{key}: expected a value, found nothing"
-    expected = problem["msg"].removeprefix("Value error, ").removeprefix("Input should ").removeprefix("be ")
+    expected = (
+        problem["msg"].removeprefix("Value error, ").removeprefix("Input should ").removeprefix("String should have ")
+    )
+    expected = expected.removeprefix("be ")
     expected = {"a valid tuple": "a list", "a valid dictionary": "keys with values"}.get(expected, expected)
+    if expected.startswith("a valid dictionary or instance of Domain"):
+        expected = "files, or keys with values"
     return f"{key}: expected {expected.removeprefix('expected ')}, found {problem['input']!r}"
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {near[0]!r}?)" if near else f"; known are {names(known, 40)}"
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"{word!r}" + (f" (did you mean {near[0]!r}?)" if near else "")

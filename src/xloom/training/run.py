@@ -1,18 +1,24 @@
 """The frame of a run: what it starts from, where it works, where its result goes, and how it is shown.
 
-    <output>.work/   recipe.json and checkpoints; removed at the end
+    <output>.work/   recipe.json, checkpoints and logs; removed at the end
     <output>/        the result, with training.json; appears whole or not at all
 
-A run is the same as an earlier one if recipe and input files are. Knows nothing of what is trained.
+A run is the same as an earlier one if recipe and input files are. Of several processes, the first alone decides,
+writes and speaks. Knows nothing of what is trained.
 """
 
 import hashlib
 import json
 import shutil
+import signal
+import threading
+import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -29,23 +35,28 @@ from transformers import (
 from transformers.integrations import is_tensorboard_available
 from transformers.utils import logging
 
-from xloom.errors import NotFoundError, TruncatedFileError
+from xloom.errors import CheckpointError, NotFoundError, TruncatedFileError, names
 from xloom.files import new_folder, read_json, write_json
 from xloom.suite.base_model import resolve_base
-from xloom.training.loop import last_checkpoint
+from xloom.training import processes
+from xloom.training.checkpoint import clear_leftovers, disk_errors, last_checkpoint, step_of, sync_folder, why
+from xloom.training.loop import Settings
 from xloom.training.recipe import Recipe
 
 RECORD = "training.json"
+LOGS = "logs"
+_SPEED_OVER = 20  # steps
 
 
 class Run:
     """One run of a recipe. `inputs`: files beside the data whose content decides the result."""
 
     def __init__(self, recipe: Recipe, *, inputs: Mapping[str, Path], progress: bool) -> None:
+        processes.start()
         self.recipe = recipe
         self.output = recipe.output_folder
         self.work = self.output.with_name(self.output.name + ".work")
-        self.console = Console(stderr=True, quiet=not progress)
+        self.console = Console(stderr=True, quiet=not progress or processes.index() > 0)
         data = {f"{key}:{word}": recipe.path(word) for key, words in recipe.data_files().items() for word in words}
         self.identity: dict[str, Any] = {
             "recipe": recipe.model_dump(mode="json"),
@@ -56,51 +67,89 @@ class Run:
 
     def finished(self) -> bool:
         """True, and said so, if the output is there and of the very same run."""
-        done = self._is_same(self.output / RECORD)
-        if done:
+        return processes.first(self._finished)
+
+    def _finished(self) -> bool:
+        changed = self._changed(self.output / RECORD)
+        if changed:
+            self.say(f"{self.output}: training again, for what changed: {names(changed)}")
+        if changed == []:
             self.say(f"{self.output}: trained already with this recipe and these files")
             shutil.rmtree(self.work, ignore_errors=True)
-        return done
+        return changed == []
 
     def open(self) -> Path | None:
         """Makes the work folder; the checkpoint of the same run to go on from, if there is one."""
+        return processes.first(self._open)
+
+    def _open(self) -> Path | None:
         record = self.work / "recipe.json"
-        if not self._is_same(record):
+        changed = self._changed(record)
+        if changed and last_checkpoint(self.work):
+            self.say(f"{self.work}: starting afresh, for what changed: {names(changed)}")
+        if changed != []:
             shutil.rmtree(self.work, ignore_errors=True)
-        self.work.mkdir(parents=True, exist_ok=True)
-        write_json(record, self.identity)
+        for left in self.output.parent.glob(f".{self.output.name}.new-*"):
+            shutil.rmtree(left, ignore_errors=True)  # of a run that was killed while it published
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            write_json(record, self.identity)
+        except OSError as error:
+            raise CheckpointError(f"{self.work}: cannot be written: {why(error)}") from error
         checkpoint = last_checkpoint(self.work)
+        clear_leftovers(self.work, checkpoint)
         if checkpoint:
-            self.say(f"{self.output}: going on from step {checkpoint.name.removeprefix('checkpoint-')}")
+            self.say(f"{self.output}: going on from step {step_of(checkpoint)}")
         return checkpoint
 
     def publish(self, write: Callable[[Path], None], results: Mapping[str, Any]) -> Path:
-        """Writes the result and its record, and removes the work folder."""
+        """Writes the result, its record and logs, and removes the work folder.
+
+        Raises:
+            CheckpointError: it cannot be written; an older result is as it was, and the work folder too.
+        """
+        try:
+            return processes.first(lambda: self._publish(write, results))
+        except CheckpointError as error:
+            last = last_checkpoint(self.work)
+            raise CheckpointError(f"{error}; step {step_of(last)} is kept" if last else str(error)) from error
+
+    def _publish(self, write: Callable[[Path], None], results: Mapping[str, Any]) -> Path:
         old = [item.name for item in self.output.iterdir()] if self.output.is_dir() else []
         with new_folder(self.output, replaces=old) as folder:
-            write(folder)
+            with disk_errors():
+                write(folder)
+            if (self.work / LOGS).is_dir():
+                shutil.copytree(self.work / LOGS, folder / LOGS)
             write_json(folder / RECORD, {**self.identity, **results})
+            sync_folder(folder)
         shutil.rmtree(self.work, ignore_errors=True)
         return self.output
 
     def say(self, text: str) -> None:
         self.console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
 
-    def _is_same(self, record: Path) -> bool:
+    def _changed(self, record: Path) -> list[str] | None:
+        """What of this run a record says otherwise; None if there is no record."""
         try:
             found = read_json(record)
         except (NotFoundError, TruncatedFileError):
-            return False
-        here = json.loads(json.dumps(self.identity))
-        return bool({key: found.get(key) for key in here} == here)
+            return None
+        return differences(found, json.loads(json.dumps(self.identity)))
 
-    def settings(self) -> TrainingArguments:
-        """The recipe as transformers' TrainingArguments: AdamW, cosine, gradients clipped to norm 1."""
-        recipe = self.recipe
-        made = TrainingArguments(
+    def settings(self) -> Settings:
+        """The recipe as transformers' TrainingArguments: AdamW, cosine, gradients clipped to norm 1.
+
+        Raises:
+            RecipeError: the rows of a batch cannot be shared equally by the processes.
+        """
+        recipe, number = self.recipe, processes.count()
+        if recipe.batch_size % number:
+            recipe.refuse("batch_size", f"a multiple of the {number} processes", str(recipe.batch_size))
+        made = Settings(
             output_dir=str(self.work),
             max_steps=recipe.max_steps,
-            per_device_train_batch_size=recipe.batch_size,
+            per_device_train_batch_size=recipe.batch_size // number,
             gradient_accumulation_steps=recipe.gradient_accumulation,
             gradient_checkpointing=recipe.gradient_checkpointing,
             learning_rate=recipe.learning_rate,
@@ -113,60 +162,64 @@ class Run:
             eval_steps=recipe.eval_every,
             save_strategy="steps",
             save_steps=recipe.save_every,
-            save_total_limit=1,
+            patience=recipe.early_stopping,
             logging_steps=1,
             logging_nan_inf_filter=False,
             include_num_input_tokens_seen="non_padding",
             train_sampling_strategy="sequential",  # the order is planned beforehand, see data.plan_batches
             remove_unused_columns=False,
             dataloader_pin_memory=False,
-            report_to=["tensorboard"] if is_tensorboard_available() and not self.console.quiet else [],
+            ddp_find_unused_parameters=True,  # an adapted module of the base may lie idle, as a picture's part does
+            ddp_broadcast_buffers=False,  # the experts are buffers, and nobody changes them
+            report_to=[],
             disable_tqdm=True,
             log_level="error",
             use_cpu=not torch.accelerator.is_available(),
         )
-        if made.world_size > 1:
-            recipe.refuse("launch", "one process", f"{made.world_size}")
         if made.n_gpu > 1:
             made._n_gpu = 1  # batches are planned for one device
         return made
 
     @contextmanager
     def bar(self) -> Iterator[list[TrainerCallback]]:
-        """The callbacks that show the run; whatever happens, the terminal is left in order."""
-        if self.console.quiet:
-            yield []
-            return
-        bar = ProgressBar(self.console)
-        try:
-            yield [bar]
-        except KeyboardInterrupt:
-            bar.close()
-            self.say("stopped, and the last step is kept: run the same command again to go on from there")
-            raise
-        finally:
-            bar.close()
+        """The callbacks that show the run; whatever happens, the terminal is left in order. SIGTERM is as Ctrl-C."""
+        with _terminated_as_interrupted():
+            if self.console.quiet:
+                yield []
+                return
+            bar = ProgressBar(self.console)
+            try:
+                yield [bar, *([Curves(self.work / LOGS)] if is_tensorboard_available() else [])]
+            except KeyboardInterrupt:
+                bar.close()
+                last = last_checkpoint(self.work)
+                kept = f"step {step_of(last)} is kept" if last else "no step is kept yet"
+                self.say(f"stopped, {kept}: run the same command again to go on from there")
+                raise
+            finally:
+                bar.close()
 
 
 class ProgressBar(TrainerCallback):
-    """One rich bar: steps, loss, tokens per second, time left."""
+    """One rich bar on one line: steps, loss, tokens per second over the last steps, time left."""
 
     def __init__(self, console: Console) -> None:
         self._bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(compact=True),
             console=console,
         )
         self._task = self._bar.add_task("training", total=None, note="")
-        self._tokens_before = 0
+        self._seen: deque[tuple[float, int]] = deque(maxlen=_SPEED_OVER + 1)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._tokens_before = state.num_input_tokens_seen
+        self._seen.append((time.monotonic(), state.num_input_tokens_seen))
         self._bar.update(self._task, total=state.max_steps, completed=state.global_step)
         self._bar.start()
 
@@ -178,15 +231,91 @@ class ProgressBar(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        seconds = self._bar.tasks[0].elapsed
-        if logs and "loss" in logs and seconds:
-            speed = (state.num_input_tokens_seen - self._tokens_before) / seconds
-            self._bar.update(
-                self._task, completed=state.global_step, note=f"loss {logs['loss']:.3f}  {speed:,.0f} tokens/s"
-            )
+        if logs and "loss" in logs:
+            self._seen.append((time.monotonic(), state.num_input_tokens_seen))
+            note = f"loss {logs['loss']:.3f}  {speed(self._seen):,.0f} tokens/s"
+            self._bar.update(self._task, completed=state.global_step, note=note)
 
     def close(self) -> None:
         self._bar.stop()
+
+
+class Curves(TrainerCallback):
+    """Everything that is logged, for TensorBoard. A resumed run goes on where its checkpoint stands."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._writer: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            from torch.utils.tensorboard import SummaryWriter
+
+            resumed = state.global_step > 0
+            self._writer = SummaryWriter(self.folder, purge_step=state.global_step + 1 if resumed else None)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for key, value in (logs or {}).items() if self._writer else ():
+            name = f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"
+            self._writer.add_scalar(name, value, state.global_step)
+        if self._writer:
+            self._writer.flush()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._writer:
+            self._writer.close()
+            self._writer = None
+
+
+def speed(seen: Sequence[tuple[float, int]]) -> float:
+    """Tokens per second between the first and the last of (seconds, tokens so far)."""
+    (start, before), (now, after) = seen[0], seen[-1]
+    return (after - before) / (now - start) if now > start else 0.0
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Keys of the recipe, and files, that differ between two records; None is as if the key were not there."""
+    found: dict[str, None] = {}
+    for part in new:
+        a, b = _flat(old.get(part) or {}), _flat(new[part])
+        found |= dict.fromkeys(key for key in [*b, *a] if a.get(key) != b.get(key))
+    return list(found)
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = {f"{key}.{k}": v for k, v in _flat(value).items()} if isinstance(value, Mapping) else {key: value}
+        out |= inner
+    return out
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt inside the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -216,6 +345,7 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
             yield
     finally:
         logging.set_verbosity(level)

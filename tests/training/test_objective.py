@@ -1,0 +1,85 @@
+"""The terms of the head's loss against slow, direct formulas."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from xloom.training.objective import (
+    IGNORED,
+    cross_entropy,
+    entropy,
+    entropy_per_row,
+    imbalance,
+    mean_over_tokens,
+    posterior,
+    token_losses,
+)
+
+sizes = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 3), st.integers(1, 4))
+
+
+def shares_and_mask(shape: tuple[int, ...], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(seed)
+    mask = torch.randint(0, 2, shape[:2])
+    mask[:, -1] = 1  # left padding leaves the last token real
+    return torch.softmax(2 * torch.randn(shape, dtype=torch.float64), dim=-1), mask
+
+
+@given(sizes, st.integers(0, 99))
+def test_means_entropies_and_imbalance_leave_padding_out(shape: tuple[int, ...], seed: int) -> None:
+    shares, mask = shares_and_mask(shape, seed)
+    B, T, S, C = shape
+    for b in range(B):
+        real = [shares[b, t, s] for t in range(T) if mask[b, t] for s in range(S)]
+        torch.testing.assert_close(mean_over_tokens(shares, mask)[b], sum(real) / len(real))
+        by_hand = sum(-sum(p * math.log(p) for p in one.tolist()) for one in real) / len(real)
+        assert math.isclose(entropy_per_row(shares, mask)[b].item(), by_hand, abs_tol=1e-9)
+    everything = [shares[b, t, s] for b in range(B) for t in range(T) if mask[b, t] for s in range(S)]
+    mean = (sum(everything) / len(everything)).tolist()
+    expected = math.log(C) + sum(p * math.log(p) for p in mean)
+    assert math.isclose(imbalance(shares, mask).item(), expected, abs_tol=1e-9)
+
+
+def test_entropy_of_the_extremes() -> None:
+    assert entropy(torch.tensor([0.0, 1.0, 0.0])).item() == 0.0
+    assert entropy(torch.full((4,), 0.25)).item() == pytest.approx(math.log(4))
+    one_sided = torch.tensor([1.0, 0.0]).expand(2, 3, 1, 2)
+    assert imbalance(one_sided, torch.ones(2, 3)).item() == pytest.approx(math.log(2))
+    turns = torch.tensor([[1.0, 0.0], [0.0, 1.0]])[:, None, None].expand(2, 3, 1, 2)
+    assert imbalance(turns, torch.ones(2, 3)).item() == pytest.approx(0.0, abs=1e-6)
+
+
+@given(sizes, st.integers(0, 99))
+def test_cross_entropy_with_soft_targets(shape: tuple[int, ...], seed: int) -> None:
+    shares, _ = shares_and_mask(shape, seed)
+    targets, _ = shares_and_mask(shape, seed + 1)
+    expected = F.cross_entropy(shares.log().flatten(0, 2), targets.flatten(0, 2), reduction="none")
+    torch.testing.assert_close(cross_entropy(shares, targets).flatten(), expected)
+    no_target = cross_entropy(shares, torch.zeros_like(targets))
+    assert not no_target.any()
+
+
+def test_cross_entropy_of_a_share_of_zero_is_finite_and_teaches() -> None:
+    shares = torch.tensor([0.0, 1.0], requires_grad=True)
+    assert cross_entropy(shares, torch.tensor([1.0, 0.0])).isfinite()
+
+
+def test_posterior_is_bayes() -> None:
+    likelihood = torch.tensor([0.5, 0.3, 0.1])
+    torch.testing.assert_close(posterior(-likelihood.log()), likelihood / likelihood.sum())
+    torch.testing.assert_close(posterior(-likelihood.log(), 0.5), likelihood**2 / (likelihood**2).sum())
+
+
+def test_token_losses_are_those_of_single_tokens() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 4, 5), torch.tensor([[IGNORED, 1, 2, 3], [IGNORED, IGNORED, IGNORED, 0]])
+    losses = token_losses(logits, labels)
+    for b in range(2):
+        for k in range(3):
+            label = labels[b, k + 1].item()
+            expected = 0.0 if label == IGNORED else -torch.log_softmax(logits[b, k], dim=-1)[label].item()
+            assert losses[b, k].item() == pytest.approx(expected, abs=1e-6)
