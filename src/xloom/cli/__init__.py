@@ -85,6 +85,24 @@ def train(recipe: Annotated[Path, typer.Argument(help="YAML file, see docs/train
     typer.echo(f"model written to {train_head(load_head_recipe(recipe))}")
 
 
+@app.command("extract-expert")
+def extract_expert(
+    tuned: Annotated[str, typer.Option(help="The fine-tuned model: folder or hub id.")],
+    base: Annotated[str, typer.Option(help="What it was tuned from: folder, hub id, or the built-in base.")],
+    rank: Annotated[int, typer.Option("--rank", "-r", min=1, help="Rank at most, at every site.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write, an ordinary PEFT LoRA.")],
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="Only modules of this name or ending (default: all linear ones but the language-model head)."),
+    ] = None,
+    json: JsonOption = None,
+) -> None:
+    """Turn a full fine-tune into a LoRA expert: truncated SVD of the difference, error per site."""
+    from xloom.cli.extract import extract
+
+    extract(tuned, base, output, rank=rank, targets=target, json_path=json)
+
+
 @app.command()
 def generate(
     model: ModelArg,
