@@ -25,6 +25,7 @@ check: $(READY)
 bench: $(READY)
 	$(BIN)/xloom bench decode
 	$(BIN)/xloom bench prefill
+	$(BIN)/xloom bench train
 
 # Made anew when what is to be installed changes. torch goes first and by itself: the exact version is a CPU build
 # where one is at hand, and the rest then finds it installed.
@@ -32,7 +33,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,quantised]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,data,quantised,tensorboard]"
 	touch $(READY)
 
 clean:

@@ -12,9 +12,10 @@ from peft import PeftModel
 from torch import nn
 
 from tiny import make_expert, prompt, tiny_base
-from xloom import XLoraForCausalLM, routers
+from xloom import XLoraForCausalLM, mixture, routers
 from xloom.errors import ConfigError, NoMatchingSiteError, ScalingsShapeError
 from xloom.experts import Expert, LowRank
+from xloom.fused import frozen_mix
 from xloom.mixture import Mixture, Router, Site, dense_weight, dora_gain
 
 F64 = torch.float64
@@ -550,3 +551,47 @@ def test_json_of_an_expert_survives(tmp_path, llama):
     path = make_expert(llama, tmp_path / "e", r=2, target_modules=["q_proj"])
     model = XLoraForCausalLM.from_experts(llama, {"a": path})
     assert model.expert_configs["a"] == json.loads((Path(path) / "adapter_config.json").read_text())
+
+
+# --- the fused form of a frozen linear site ---
+
+
+@pytest.mark.parametrize("leading", [(2, 5), (7,)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_fused_site_is_the_plain_one(leading, bias):
+    torch.manual_seed(0)
+    o = {"dtype": torch.float64}
+    x, s = torch.randn(*leading, 6, **o, requires_grad=True), torch.rand(*leading, 3, **o, requires_grad=True)
+    W, A, B, spread = (torch.randn(*shape, **o) for shape in ((4, 6), (7, 6), (4, 7), (3, 7)))
+    b = torch.randn(4, **o) if bias else None
+    assert torch.autograd.gradcheck(frozen_mix, (x, s, W, b, A, B, spread))
+    plain = torch.nn.functional.linear(x, W, b) + ((x @ A.T) * (s @ spread)) @ B.T
+    torch.testing.assert_close(frozen_mix(x, s, W, b, A, B, spread), plain)
+    with torch.no_grad():
+        torch.testing.assert_close(frozen_mix(x, s, W, b, A, B, spread), plain)
+
+
+def test_when_a_site_is_fused(llama, expert_paths, monkeypatch):
+    calls = []
+    monkeypatch.setattr(mixture, "frozen_mix", lambda *args: (calls.append(1), frozen_mix(*args))[1])
+    model = XLoraForCausalLM.from_experts(llama, expert_paths, layerwise_scalings=True)
+    ids = torch.arange(5)[None]
+
+    def fused() -> int:
+        calls.clear()
+        model(ids)
+        return len(calls)
+
+    assert fused() == len(model.sites)
+    expected = model(ids).logits
+    handle = model.mixture.sites[0].base.register_forward_hook(lambda *_: None)
+    assert fused() == len(model.sites) - 1, "whoever listens to the base module's output still hears it"
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    handle.remove()
+    model.mixture.sites[0].base.weight.requires_grad_(True)
+    assert fused() == len(model.sites) - 1
+    with model.routing(routers.BaseOnly()):
+        assert fused() == 0
+    model.unload()
+    model = XLoraForCausalLM.from_experts(llama, expert_paths, use_trainable_adapters=True)
+    assert fused() == 0

@@ -14,14 +14,19 @@ _HOMES = {
     "ScalingHead": "xloom.gating",
     "ScalingsLog": "xloom.trace",
     "XLoraForCausalLM": "xloom.model",
+    "XLoraForSequenceClassification": "xloom.classification",
     "errors": "xloom.errors",
     "routers": "xloom.routers",
 }
 
-__all__ = ["Expert", "ScalingHead", "ScalingsLog", "XLoraConfig", "XLoraForCausalLM", "errors", "routers"]
+__all__ = [
+    "Expert", "ScalingHead", "ScalingsLog", "XLoraConfig", "XLoraForCausalLM", "XLoraForSequenceClassification",
+    "errors", "routers",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from xloom import errors, routers
+    from xloom.classification import XLoraForSequenceClassification
     from xloom.config import XLoraConfig
     from xloom.experts import Expert
     from xloom.gating import ScalingHead

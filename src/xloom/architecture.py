@@ -7,11 +7,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from xloom.config import XLoraConfig, layer_types
 from xloom.errors import (
@@ -25,6 +31,8 @@ from xloom.errors import (
 )
 from xloom.experts import Expert
 from xloom.suite.base_model import resolve_base
+
+Kind = Literal["causal", "classification"]  # what a base puts on top of its decoder
 
 # Options of from_experts and from_pretrained that go to the loading of the base.
 BASE_OPTIONS = frozenset({
@@ -41,7 +49,7 @@ VERIFIED = frozenset({
 
 
 class _Made(Protocol):
-    """The part of `XLoraForCausalLM` that `check` uses."""
+    """The part of an X-LoRA model that `check` uses."""
 
     base: PreTrainedModel
 
@@ -51,12 +59,16 @@ class _Made(Protocol):
     def sites(self) -> tuple[str, ...]: ...
 
 
-def load_base(base: str | Path | PreTrainedModel, options: Mapping[str, Any]) -> tuple[PreTrainedModel, str | None]:
+def load_base(
+    base: str | Path | PreTrainedModel, options: Mapping[str, Any], kind: Kind = "causal"
+) -> tuple[PreTrainedModel, str | None]:
     """The base model, and where it came from: an absolute path, a hub id, the name of the built-in base, or None.
+
+    With kind "classification" and a base given by name, `score` is fresh where the base has none of that shape.
 
     Raises:
         NotFoundError: no such folder or repository.
-        UnsupportedArchitectureError: not a decoder-only causal model whose layers keep keys and values.
+        UnsupportedArchitectureError: not a decoder-only model of that kind whose layers keep keys and values.
     """
     if isinstance(base, PreTrainedModel):
         if options:
@@ -64,35 +76,77 @@ def load_base(base: str | Path | PreTrainedModel, options: Mapping[str, Any]) ->
         model, where = base, base.config._name_or_path or None
     else:
         where = str(base)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(resolve_base(where), **options)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            if isinstance(error, OSError) and not Path(where).is_dir():
-                raise NotFoundError(f"base model {where}: no such folder, and no hub repository within reach") from None
-            raise UnsupportedArchitectureError(f"base model {where}: cannot be loaded: {reason}") from None
-    check_base(model)
+        with _naming_base(where):
+            model = _from_disk(where, options, kind)
+    check_base(model, kind)
     if where is not None and Path(where).is_dir():
         where = str(Path(where).resolve())
     return model, where
 
 
-def check_base(model: nn.Module) -> None:
+def _from_disk(where: str, options: Mapping[str, Any], kind: Kind) -> PreTrainedModel:
+    if kind == "causal":
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(resolve_base(where), **options)
+        return model
+    # The score head may be missing there or have another shape, which transformers allows for all weights or for none.
+    model, found = AutoModelForSequenceClassification.from_pretrained(
+        resolve_base(where), ignore_mismatched_sizes=True, output_loading_info=True, **options
+    )
+    lost = sorted(key for key, *_ in found["mismatched_keys"] if not key.startswith("score."))
+    lost += sorted(key for key in found["missing_keys"] if not key.startswith("score."))
+    if lost:
+        raise UnsupportedArchitectureError(
+            f"base model {where}: weights are missing or of another shape: {names(lost)}"
+        )
+    return model
+
+
+def meta_base(base: str | Path) -> Any:
+    """The base without its weights, on the meta device: what fits it can be seen before anything heavy is loaded.
+
+    Raises:
+        NotFoundError, UnsupportedArchitectureError: as `load_base`.
+    """
+    with _naming_base(str(base)), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(resolve_base(str(base))))
+
+
+@contextmanager
+def _naming_base(where: str) -> Iterator[None]:
+    """What transformers says when a base cannot be loaded, in one line that names it."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and not Path(where).is_dir():
+            raise NotFoundError(f"base model {where}: no such folder, and no hub repository within reach") from None
+        reason = " ".join(str(error).split())
+        raise UnsupportedArchitectureError(f"base model {where}: cannot be loaded: {reason}") from None
+
+
+def check_base(model: nn.Module, kind: Kind = "causal") -> None:
     """Raises UnsupportedArchitectureError unless two stacks can be made of the model."""
-    kind = type(model).__name__
-    if not isinstance(model, PreTrainedModel) or not model.can_generate() or model.config.is_encoder_decoder:
-        raise UnsupportedArchitectureError(f"{kind}: expected a decoder-only causal language model of transformers")
-    if model.base_model is model or model.get_output_embeddings() is None:
-        raise UnsupportedArchitectureError(f"{kind}: has no decoder apart from its language-model head")
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder or not _is_a(kind, model):
+        wanted = {
+            "causal": "causal language model of transformers",
+            "classification": "model of transformers for sequence classification, with a linear `score`",
+        }[kind]
+        raise UnsupportedArchitectureError(f"{name}: expected a decoder-only {wanted}")
+    if model.base_model is model or (kind == "causal" and model.get_output_embeddings() is None):
+        raise UnsupportedArchitectureError(f"{name}: has no decoder apart from its head")
     if any(type(module).__name__ in {"Site", "GateLayer"} for module in model.modules()):
-        raise UnsupportedArchitectureError(f"{kind}: carries a mixture of experts already; unload() it first")
+        raise UnsupportedArchitectureError(f"{name}: carries a mixture of experts already; unload() it first")
     if getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config"):
-        raise UnsupportedArchitectureError(f"{kind}: carries PEFT adapters; pass the plain base and name the adapters")
+        raise UnsupportedArchitectureError(f"{name}: carries PEFT adapters; pass the plain base and name the adapters")
     if model.config.get_text_config(decoder=True) is not model.config:
-        raise UnsupportedArchitectureError(f"{kind}: a model with other inputs beside text; load its text model alone")
+        raise UnsupportedArchitectureError(f"{name}: a model with other inputs beside text; load its text model alone")
     if model.device.type != "meta" and any(p.device.type == "meta" for p in model.parameters()):
-        raise UnsupportedArchitectureError(f"{kind}: parts are offloaded; use a device_map that keeps all on devices")
+        raise UnsupportedArchitectureError(f"{name}: parts are offloaded; use a device_map that keeps all on devices")
     layer_types(model.config)
+
+
+def _is_a(kind: Kind, model: PreTrainedModel) -> bool:
+    return bool(model.can_generate()) if kind == "causal" else isinstance(getattr(model, "score", None), nn.Linear)
 
 
 def hidden_size(model: PreTrainedModel, *, gated: bool) -> int:
@@ -302,7 +356,8 @@ def check(made: _Made, tokens: int = 8) -> None:
     except Exception as error:
         reason = " ".join(str(error).split())
         raise UnsupportedArchitectureError(f"{text.model_type}: the two passes fail: {reason}") from error
-    pieces = torch.cat([first.logits, rest.logits], dim=1)
+    # a model for classification answers once per row, at the last token
+    pieces = rest.logits if whole.ndim == 2 else torch.cat([first.logits, rest.logits], dim=1)
     difference = (whole - pieces).float().abs().max().item()
     allowed = 1e-3 * max(1.0, whole.float().abs().max().item()) * (1 if whole.dtype.itemsize >= 4 else 50)
     if not difference <= allowed:

@@ -101,7 +101,7 @@ def _parse_one_head_input(word: object) -> HeadInput:
 
 
 class XLoraConfig(PreTrainedConfig):
-    """Settings of an `XLoraForCausalLM`. Fields without a note mean what they mean in PEFT's `XLoraConfig`.
+    """Settings of an X-LoRA model. Fields without a note mean what they mean in PEFT's `XLoraConfig`.
 
     Args:
         base_config: transformers config of the frozen base model.
@@ -131,6 +131,8 @@ class XLoraConfig(PreTrainedConfig):
     """
 
     model_type = "xlora"
+    # what transformers' Trainer does not collect row by row
+    keys_to_ignore_at_inference: ClassVar = ["past_key_values", "scalings", "aux_loss"]
     sub_configs_defaults: ClassVar = {
         "base_config": SubConfigSpec(config_class=AutoConfig, model_type="llama", optional=True)
     }
@@ -196,7 +198,7 @@ class XLoraConfig(PreTrainedConfig):
     @property
     def base_text_config(self) -> PreTrainedConfig:
         if not isinstance(self.base_config, PreTrainedConfig):
-            raise ConfigError("base_config is not set: make the model with XLoraForCausalLM.from_experts")
+            raise ConfigError("base_config is not set: make the model with from_experts")
         return self.base_config.get_text_config(decoder=True)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:

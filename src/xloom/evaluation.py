@@ -12,9 +12,9 @@ import torch
 
 from xloom.model import XLoraForCausalLM
 from xloom.routers import Router
+from xloom.training.base import pad_id
 from xloom.training.data import tokenise_all
 from xloom.training.rows import Row
-from xloom.training.run import pad_id
 
 
 @dataclass(frozen=True)

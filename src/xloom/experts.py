@@ -33,6 +33,7 @@ from xloom.files import fetch_folder, read_json, read_tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+_SCORE = f"{PREFIX}score."
 
 # Options of PEFT's LoraConfig that say nothing about what the saved weights compute. Any other option that is set and
 # not handled below is refused by name: ignoring it could change the expert's meaning.
@@ -88,11 +89,13 @@ class Expert:
         source: where it came from, for messages.
         config: its adapter_config.json, as it stands.
         modules: one `LowRank` per adapted module, by module path.
+        score: weights of the score head that a PEFT adapter for classification (SEQ_CLS) brings, by name; not mixed.
     """
 
     source: str
     config: Mapping[str, Any]
     modules: Mapping[str, LowRank] = field(repr=False)
+    score: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_pretrained(
@@ -120,11 +123,12 @@ class Expert:
     @classmethod
     def from_tensors(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, source: str) -> "Expert":
         """The same from tensors under PEFT's key names. Raises as `from_pretrained`."""
-        parts = _sort_tensors(tensors, source)
+        score = _score_head(tensors, config, source)
+        parts = _sort_tensors({key: tensors[key] for key in tensors if key not in score}, source)
         modules = {module: _low_rank(module, found, config, source) for module, found in parts.items()}
         if not modules:
             raise NoMatchingSiteError(f"{source}: holds no LoRA tensors")
-        return cls(source, dict(config), modules)
+        return cls(source, dict(config), modules, {key.removeprefix(_SCORE): score[key] for key in score})
 
     def is_exact_in(self, dtype: torch.dtype) -> bool:
         """True if casting to `dtype` loses nothing by kind: same dtype, or a wider one."""
@@ -142,7 +146,7 @@ class Expert:
                 out[f"{PREFIX}{module}.lora_B.bias"] = low.bias_O
             if low.magnitude_O is not None:
                 out[f"{PREFIX}{module}.lora_magnitude_vector"] = low.magnitude_O
-        return out
+        return out | {f"{_SCORE}{name}": tensor for name, tensor in self.score.items()}
 
     def match_modules(self, base_modules: Collection[str], decoder_prefix: str) -> "Expert":
         """The same expert with module paths as the base has them.
@@ -175,7 +179,7 @@ def check_lora_config(config: Mapping[str, Any], where: str) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise NotLoraError(f"{where}: expected peft_type 'LORA', found {kind!r}")
-    if config.get("modules_to_save"):
+    if config.get("modules_to_save") and not _saves_only_a_score_head(config):
         raise ModulesToSaveError(
             f"{where}: modules_to_save={list(config['modules_to_save'])} holds whole modules, which cannot be mixed "
             "per token; train the expert without it"
@@ -198,6 +202,11 @@ def check_lora_config(config: Mapping[str, Any], where: str) -> None:
     for option, value in config.items():
         if value and option not in _BOOKKEEPING and option not in _HANDLED:
             raise UnsupportedLoraError(f"{where}: option {option}={value!r} is not supported")
+
+
+def _saves_only_a_score_head(config: Mapping[str, Any]) -> bool:
+    """PEFT adds the two usual names of such a head to every adapter for classification."""
+    return config.get("task_type") == "SEQ_CLS" and set(config["modules_to_save"]) <= {"score", "classifier"}
 
 
 def _check_ranks(config: Mapping[str, Any], where: str) -> None:
@@ -235,6 +244,18 @@ def _by_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) ->
         if re.match(rf"(.*\.)?({key})$", module):
             return value
     return default
+
+
+def _score_head(tensors: Mapping[str, Tensor], config: Mapping[str, Any], source: str) -> dict[str, Tensor]:
+    """The tensors, by their keys, of the score head that an adapter for classification brings."""
+    if config.get("task_type") != "SEQ_CLS":
+        return {}
+    found = {f"{_SCORE}{part}": tensors.get(f"{_SCORE}{part}") for part in ("weight", "bias")}
+    score = {key: tensor for key, tensor in found.items() if tensor is not None}
+    for key, tensor in score.items():
+        if not torch.isfinite(tensor).all():
+            raise NonFiniteError(f"{source}: tensor {key} holds NaN or infinity")
+    return score
 
 
 def _sort_tensors(tensors: Mapping[str, Tensor], source: str) -> dict[str, dict[str, Tensor]]:

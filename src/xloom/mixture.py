@@ -27,6 +27,7 @@ from xloom.errors import (
     names,
 )
 from xloom.experts import Expert, LowRank
+from xloom.fused import frozen_mix
 
 
 class Router(ABC):
@@ -132,11 +133,23 @@ class Site(nn.Module):
     # --- forward ---
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y: Tensor = self.base(x, *args, **kwargs)
         scalings = self.mixture.scalings(self, x)
-        if scalings is None:
-            return y
-        return y + self.delta(x, scalings, y).to(y.dtype)
+        if scalings is not None and not args and not kwargs and self._fuses(x, scalings):
+            base: Any = self.base
+            scalings = scalings.to(x.dtype)
+            return frozen_mix(x, scalings, base.weight, base.bias, self.A_RI, self.B_OR, self.spread_NR)
+        y: Tensor = self.base(x, *args, **kwargs)
+        return y if scalings is None else y + self.delta(x, scalings, y).to(y.dtype)
+
+    def _fuses(self, x: Tensor, scalings: Tensor) -> bool:
+        """Whether this is a frozen linear module of one dtype, with nobody listening to its own output."""
+        base: Any = self.base
+        if not self._is_plain or type(base) is not nn.Linear or base._forward_hooks or base._forward_pre_hooks:
+            return False
+        if torch.is_autocast_enabled(x.device.type) or scalings.shape[:-1] != x.shape[:-1]:
+            return False
+        parts = [base.weight, self.A_RI, self.B_OR, *([base.bias] if base.bias is not None else [])]
+        return all(part.dtype == x.dtype and not part.requires_grad for part in parts)
 
     def delta(self, x: Tensor, scalings: Tensor, y: Tensor) -> Tensor:
         """What all experts together add to the base's output `y` for input `x`."""

@@ -85,13 +85,14 @@ class Precomputed(Router):
         if scalings_BTSN.ndim != 4:
             raise ScalingsShapeError(f"expected scalings [B, T, S, N], found shape {tuple(scalings_BTSN.shape)}")
         self.scalings_BTSN = scalings_BTSN
+        self._by_site = scalings_BTSN.unbind(2)  # one stack in the backward pass, not a zero-filled tensor per site
 
     def scalings(self, site: Site, x: Tensor) -> Tensor | None:
         if self.scalings_BTSN.shape[2] != len(site.mixture.sites):
             raise ScalingsShapeError(
                 f"scalings for {self.scalings_BTSN.shape[2]} sites, the model has {len(site.mixture.sites)}"
             )
-        return self.scalings_BTSN[:, :, site.index]
+        return self._by_site[site.index]
 
 
 @final
@@ -137,7 +138,9 @@ def arrow(low: LowRank) -> Tensor:
         A_RI, B_OR = (t.detach().double() for t in (low.A_RI, low.B_OR))
         Q_IR, R_RR = torch.linalg.qr(A_RI.T)
         M_OR = B_OR @ R_RR.T
-        return Q_IR @ torch.linalg.eigh(M_OR.T @ M_OR).eigenvectors[:, -1]
+        top_R: Tensor = torch.linalg.eigh(M_OR.T @ M_OR).eigenvectors[:, -1]
+        direction_I: Tensor = Q_IR @ top_R
+        return direction_I
 
 
 class HiddenStateRouter(Router):

@@ -15,13 +15,13 @@ from rich.console import Console
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from xloom.errors import CheckpointError, DivergedError
+from xloom.errors import CheckpointError, ConfigError, DivergedError
 from xloom.training import checkpoint as files
 from xloom.training import history
 from xloom.training.data import Example, collate
-from xloom.training.head import mean_over_tokens, routing_losses
 from xloom.training.loop import CompletionTrainer, Settings, last_checkpoint, row_losses, train
-from xloom.training.run import ProgressBar, differences, speed
+from xloom.training.progress import ProgressBar, speed
+from xloom.training.run import differences
 
 EXAMPLES = [Example(tuple(range(5, 5 + n)), start) for n, start in [(9, 6), (4, 3), (12, 2), (6, 5)]]
 
@@ -94,6 +94,17 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(llama: Pr
     ):
         train(trainer, None)
     assert all(torch.equal(before[name], value) for name, value in llama.state_dict().items())
+
+
+def test_a_model_in_pieces_is_refused(llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = CompletionTrainer.create_accelerator_and_postprocess
+    monkeypatch.setattr(
+        CompletionTrainer,
+        "create_accelerator_and_postprocess",
+        lambda self: (made(self), setattr(self, "is_deepspeed_enabled", True)),
+    )
+    with pytest.raises(ConfigError, match="found FSDP or DeepSpeed"):
+        trainer_for(llama, tmp_path, size=2, accumulation=1, rate=0.1)
 
 
 # --- checkpoints ---
@@ -322,11 +333,3 @@ def test_the_last_checkpoint_is_the_newest_whole_one(tmp_path: Path) -> None:
         if state is not None:
             (folder / "trainer_state.json").write_text(state)
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-
-
-def test_shares_leave_padding_out() -> None:
-    scalings_BTSN = torch.tensor([[[[1.0, 0.0]], [[0.2, 0.8]], [[0.4, 0.6]]]])
-    shares_BN = mean_over_tokens(scalings_BTSN, torch.tensor([[0, 1, 1]]))
-    torch.testing.assert_close(shares_BN, torch.tensor([[0.3, 0.7]]))
-    torch.testing.assert_close(routing_losses(shares_BN, torch.tensor([1])), -torch.tensor([0.7]).log())
-    assert routing_losses(torch.zeros(1, 2), torch.tensor([1])).isfinite().all()

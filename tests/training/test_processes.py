@@ -1,4 +1,4 @@
-"""Two processes train as one does, and end together. Each launch costs many seconds, so that each tries several runs."""
+"""Two processes train as one does, and end together. A launch costs many seconds, so that one tries several runs."""
 
 import json
 import os

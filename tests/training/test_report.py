@@ -156,7 +156,7 @@ def test_an_expert_that_takes_all() -> None:
 
 
 def test_scalings_that_are_no_shares_are_not_judged_as_such() -> None:
-    wild = everywhere({"alloys": 3.0, "proteins": -1.0, "salts": 0.001})
+    wild = everywhere({"alloys": 1.5, "proteins": -1.0, "salts": 0.001})
     record = changed(head_record(), use=wild, entropy=dict.fromkeys(DOMAINS, 1.09))
     assert warnings_of(record) == []
 
@@ -426,6 +426,22 @@ def test_almost_nothing_is_a_report_too(losses: list[Any], tmp_path: Path) -> No
     markdown, html = pages(minimal() | {"losses": losses}, tmp_path)
     assert re.findall(r"^## (.*)$", markdown, re.M) == ["Warnings", "Settings"]
     assert "<svg" not in html
+
+
+def test_settings_cannot_end_their_own_fence(tmp_path: Path) -> None:
+    record = minimal() | {"recipe": {"base": "b", "note": "a\n```\n# b"}}
+    markdown = pages(record, tmp_path)[0]
+    longest = max(re.findall("`+", markdown), key=len)
+    assert markdown.count(longest) == 2
+    assert len(longest) == 4
+
+
+def test_what_is_not_finite_is_missing(tmp_path: Path) -> None:
+    record = changed(head_record(), validation={"loss_salts": math.nan, "routing_accuracy": math.inf})
+    record["losses"] = [[1, 2.0], [2, math.nan], [3, 1.0]]
+    markdown = pages(record, tmp_path)[0]
+    assert not re.search(r"\b(nan|inf)\b", markdown)
+    assert re.search(r"^\| salts \| 3.000 .* – \| – \|$", markdown, re.M)
 
 
 # --- curves ---

@@ -39,7 +39,7 @@ def test_an_expert_is_a_plain_peft_folder_that_learned(project: Path, capsys: py
     assert capsys.readouterr() == ("", "")
     assert folder == project / "experts" / "up"
     assert sorted(p.name for p in folder.iterdir()) == [
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "training.json",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "report.html", "report.md", "training.json",
     ]  # fmt: skip
     assert not (project / "experts" / "up.work").exists()
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
@@ -47,7 +47,8 @@ def test_an_expert_is_a_plain_peft_folder_that_learned(project: Path, capsys: py
     losses = [loss for _, loss in record["losses"]]
     assert len(losses) == record["steps"] == 12
     assert losses[-1] < 0.5 * losses[0]
-    assert str(project) not in (folder / "training.json").read_text() + (folder / "README.md").read_text()
+    assert record["references"]["base"]["loss"] > record["validation"]["loss"]
+    assert not [p.name for p in folder.glob("*.*") if p.suffix != ".safetensors" and str(project) in p.read_text()]
     assert f"validation loss per token: {record['validation']['loss']:.4f}" in (folder / "README.md").read_text()
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(project / "base"), folder)
     assert XLoraForCausalLM.from_experts(project / "base", {"up": folder}).experts == ("up",)

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from xloom import architecture
+from xloom.benchmark.settings import RANDOM
 from xloom.errors import BaseMismatchError, ConfigError
 from xloom.experts import CONFIG_FILE, PREFIX, WEIGHTS_FILE
-from xloom.files import new_folder, write_json, write_tensors
+from xloom.files import new_folder, read_tensors, write_json, write_tensors
 from xloom.suite.base_model import resolve_base
 
 SEED = 0
 STRENGTH = 0.2  # size of an expert's change to a weight, relative to that weight
+_HEAD = "head.safetensors"
 OPINION = 4.0  # the head's weights times this: scalings that differ visibly from token to token
 
 
@@ -58,6 +60,41 @@ def make_parts(base: PreTrainedModel, folder: Path, *, experts: int, rank: int) 
     weight = OPINION * bound * (2 * torch.rand(len(linears) * experts, width, generator=generator) - 1)
     bias = bound * (2 * torch.rand(len(linears) * experts, generator=generator) - 1)
     return Parts(base, folders, weight, bias)
+
+
+def write_parts(parts: Parts, folder: Path) -> None:
+    """Leaves in `folder` what `read_parts` needs beside the base and the experts: the head's weights."""
+    write_tensors(folder / _HEAD, {"weight": parts.head_weight, "bias": parts.head_bias})
+
+
+def read_parts(base: PreTrainedModel, folder: Path, expert_folders: Mapping[str, str]) -> Parts:
+    """The same parts in another process."""
+    head = read_tensors(folder / _HEAD)
+    return Parts(base, expert_folders, head["weight"], head["bias"])
+
+
+Shape = tuple[int | None, int | None, int | None]
+
+
+def open_base(
+    base: str | Path | PreTrainedModel, dtype: torch.dtype, device: str, shape: Shape
+) -> tuple[PreTrainedModel, str]:
+    """A base by path, hub id or built-in name, one that is loaded, or a random one; and what to call it.
+
+    Args:
+        shape: layers, hidden size and vocabulary of the random one; None is SmolLM2-135M's.
+
+    Raises:
+        ConfigError: a shape for a base that has its own.
+        XLoomError: the base cannot be loaded.
+    """
+    if isinstance(base, str) and base == RANDOM:
+        layers, hidden, vocab = (u if g is None else g for g, u in zip(shape, (30, 576, 49_152), strict=True))
+        model = random_base(dtype, device, layers=layers, hidden=hidden, vocab=vocab)
+        return model, f"random Llama, {layers} layers, hidden {hidden}, vocabulary {vocab}"
+    if any(given is not None for given in shape):
+        raise ConfigError(f"layers, hidden and vocab shape base='random'; {base} has its own")
+    return load_base(base, dtype, device), str(base) if isinstance(base, str | Path) else type(base).__name__
 
 
 def load_base(base: str | Path | PreTrainedModel, dtype: torch.dtype, device: str) -> PreTrainedModel:

@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xloom.benchmark.tables import Report, Row, rows_of
+from xloom.benchmark.settings import RANDOM, Say, at_least_one, check_dtype
+from xloom.benchmark.tables import Row, SpeedReport, rows_of
 from xloom.benchmark.timing import Timed, in_turn, load, machine
-from xloom.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,13 +21,9 @@ if TYPE_CHECKING:
 
     from xloom.benchmark.systems import System
 
-RANDOM = "random"
 SYSTEMS = ("base", "peft", "xloom", "xloom-early-gate")
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 WARM_UP_TOKENS = 4
 PEFT_IS_SLOW_FROM = 64  # new tokens beyond which PEFT's decode is timed once, unless the caller says otherwise
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -35,7 +31,7 @@ class _Bench:
     """Systems that are built and warm, and the form of a report about them."""
 
     systems: Mapping[str, "System"]
-    report: Report
+    report: SpeedReport
     device: str
     vocab: int
     progress: Say
@@ -64,7 +60,7 @@ class _Bench:
         exact = [name for name, system in self.systems.items() if system.exact and name != "peft"]
         return rows_of(timed, prompt_tokens=prompt_tokens, new_tokens=new_tokens, reference=peft, exact=exact)
 
-    def finish(self, rows: Sequence[Row], notes: Sequence[str]) -> Report:
+    def finish(self, rows: Sequence[Row], notes: Sequence[str]) -> SpeedReport:
         about = self.report.machine | {"load_after": load()}
         return replace(self.report, rows=list(rows), notes=list(notes), machine=about)
 
@@ -86,7 +82,7 @@ def bench_decode(
     dtype: str = "float32",
     device: str = "cpu",
     progress: Say = lambda text: None,
-) -> Report:
+) -> SpeedReport:
     """Greedy decoding of fixed length at batch 1: each system's `generate` from a random prompt on, prompt included.
 
     Args:
@@ -101,9 +97,9 @@ def bench_decode(
         ConfigError: a number below 1, or an unknown system or dtype.
         XLoomError: the base cannot be loaded or mixed.
     """
-    _at_least_one(prompt_tokens=[prompt_tokens], new_tokens=new_tokens, rounds=[rounds])
+    at_least_one(prompt_tokens=[prompt_tokens], new_tokens=new_tokens, rounds=[rounds])
     caps = {"peft_rounds": peft_rounds, "peft_new_tokens": peft_new_tokens}
-    _at_least_one(**{name: [cap] for name, cap in caps.items() if cap is not None})
+    at_least_one(**{name: [cap] for name, cap in caps.items() if cap is not None})
     settings = {"experts": experts, "rank": rank, "rounds": rounds, "dtype": dtype}
     with _ready("decode", base, systems, settings, (layers, hidden, vocab), device, progress) as bench:
         ids = bench.prompt(prompt_tokens)
@@ -144,9 +140,9 @@ def bench_prefill(
     dtype: str = "float32",
     device: str = "cpu",
     progress: Say = lambda text: None,
-) -> Report:
+) -> SpeedReport:
     """One forward over a random prompt up to its next token, at batch 1. Arguments and errors as `bench_decode`."""
-    _at_least_one(prompt_tokens=prompt_tokens, rounds=[rounds])
+    at_least_one(prompt_tokens=prompt_tokens, rounds=[rounds])
     settings = {"experts": experts, "rank": rank, "rounds": rounds, "dtype": dtype}
     with _ready("prefill", base, systems, settings, (layers, hidden, vocab), device, progress) as bench:
         rows: list[Row] = []
@@ -173,8 +169,7 @@ def _ready(
     progress: Say,
 ) -> Iterator[_Bench]:
     """The systems, built, for as long as the block runs: their experts lie in a temporary folder."""
-    if settings["dtype"] not in DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, found {settings['dtype']!r}")
+    check_dtype(settings["dtype"])
     progress("loading torch and transformers")
     import torch
 
@@ -184,26 +179,12 @@ def _ready(
     check_names(names)
     dtype = getattr(torch, settings["dtype"])
     progress("making the base")
-    if isinstance(base, str) and base == RANDOM:
-        layers, hidden, vocab = (u if g is None else g for g, u in zip(shape, (30, 576, 49_152), strict=True))
-        model = made.random_base(dtype, device, layers=layers, hidden=hidden, vocab=vocab)
-        name = f"random Llama, {layers} layers, hidden {hidden}, vocabulary {vocab}"
-    elif any(given is not None for given in shape):
-        raise ConfigError(f"layers, hidden and vocab shape base='random'; {base} has its own")
-    else:
-        model = made.load_base(base, dtype, device)
-        name = str(base) if isinstance(base, str | Path) else type(base).__name__
+    model, name = made.open_base(base, dtype, device, shape)
     with tempfile.TemporaryDirectory(prefix="xloom-bench-") as folder:
         parts = made.make_parts(model, Path(folder), experts=settings["experts"], rank=settings["rank"])
         built = {}
         for system in dict.fromkeys(["base", *names]):
             progress(f"building {system}")
             built[system] = build(system, parts)
-        report = Report(what, machine(device), {"base": name, **settings}, [])
+        report = SpeedReport(what, machine(device), {"base": name, **settings}, [])
         yield _Bench(built, report, device, model.config.get_text_config(decoder=True).vocab_size, progress)
-
-
-def _at_least_one(**numbers: Sequence[int]) -> None:
-    for name, values in numbers.items():
-        if not values or min(values) < 1:
-            raise ConfigError(f"{name} must be at least 1, found {', '.join(map(str, values)) or 'nothing'}")

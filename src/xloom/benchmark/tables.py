@@ -6,10 +6,11 @@ Knows nothing of models or of how times were taken.
 import json
 import os
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
 
 from rich.table import Table
 
@@ -18,6 +19,8 @@ from xloom.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -48,27 +51,41 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(ABC, Generic[R]):
     """Rows of one benchmark, where and with what settings they were taken, and what was left out."""
 
     what: str
     machine: dict[str, Any]
     settings: dict[str, Any]
-    rows: list[Row]
+    rows: list[R]
     notes: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    def table(self) -> Table:
-        """For `rich.console.Console().print`."""
-        m, s = self.machine, self.settings
-        title = f"{self.what}: {s['base']}, {s['experts']} experts of rank {s['rank']}, {s['dtype']}"
-        caption = (
+    def caption(self) -> str:
+        """Machine, load and notes, a line each."""
+        m = self.machine
+        about = (
             f"{m['accelerator'] or m['cpu']}, {m['threads']} threads, load {m['load_before']} before and "
             f"{m['load_after']} after, torch {m['torch']}"
         )
-        table = Table(title=title, caption="\n".join([caption, *self.notes]), caption_justify="left")
+        return "\n".join([about, *self.notes])
+
+    @abstractmethod
+    def table(self) -> Table:
+        """For `rich.console.Console().print`."""
+
+
+@final
+@dataclass(frozen=True)
+class SpeedReport(Report[Row]):
+    """What `bench_decode` and `bench_prefill` found."""
+
+    def table(self) -> Table:
+        s = self.settings
+        title = f"{self.what}: {s['base']}, {s['experts']} experts of rank {s['rank']}, {s['dtype']}"
+        table = Table(title=title, caption=self.caption(), caption_justify="left")
         table.add_column("system")
         for column in ("prompt", "new", "rounds", "ms/token", "quartiles", "x base", "quartiles", "= PEFT"):
             table.add_column(column, justify="right")
@@ -142,7 +159,7 @@ def check_target(path: Path) -> None:
         raise ConfigError(f"{path}: there is no folder {path.resolve().parent} to write into")
 
 
-def write_report(report: Report, path: Path) -> None:
+def write_report(report: Report[Any], path: Path) -> None:
     """Writes the JSON file; a reader sees the old one or the new one, never half. Raises ConfigError."""
     check_target(path)
     text = json.dumps(report.as_json(), indent=2, allow_nan=False) + "\n"

@@ -1,6 +1,6 @@
 """Checkpoints: one in-memory form, `Saved`, and a codec for each format on disk.
 
-    xloom      config.json  head.safetensors  experts/<name>/  [base/]         read and written
+    xloom      config.json  head.safetensors  [score.safetensors]  experts/<name>/  [base/]     read and written
     peft       adapter_config.json (peft_type XLORA)  adapter_model.safetensors read and written
     xlora      xlora_config.json  xlora_classifier.safetensors  <name>/         read and written
     mistralrs  a flat folder and an ordering file for mistral.rs 0.6.0          written
@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from xloom.checkpoints import mistralrs, native, peft, xlora
-from xloom.checkpoints.saved import Saved
+from xloom.checkpoints.saved import CAUSAL, CLASSIFICATION, Saved, refuse
 from xloom.errors import (
     BaseMismatchError,
     CheckpointError,
@@ -28,12 +28,15 @@ from xloom.errors import (
 from xloom.experts import CONFIG_FILE, WEIGHTS_FILE
 from xloom.files import fetch_folder, new_folder, read_json
 
-__all__ = ["Format", "Saved", "check_sites", "checked_head", "locate_base", "read", "write"]
+__all__ = [
+    "CAUSAL", "CLASSIFICATION", "Format", "Saved", "check_class", "check_sites", "checked_head", "checked_score",
+    "locate_base", "read", "write",
+]  # fmt: skip
 
 # Top-level names of all formats: what an older checkpoint left in a folder must not be taken for part of the new one.
 _MARKERS = (
-    native.CONFIG, native.HEAD, native.EXPERTS, native.BASE, CONFIG_FILE, WEIGHTS_FILE, xlora.CONFIG, xlora.HEAD,
-    mistralrs.ORDERING,
+    native.CONFIG, native.HEAD, native.SCORE, native.EXPERTS, native.BASE, CONFIG_FILE, WEIGHTS_FILE, xlora.CONFIG,
+    xlora.HEAD, mistralrs.ORDERING,
 )  # fmt: skip
 
 Format = Literal["xloom", "peft", "xlora", "mistralrs"]
@@ -101,6 +104,7 @@ def write(
                 with base() as model:
                     model.save_pretrained(staged / native.BASE)
         else:
+            refuse(format, [f"an {saved.model_class} (its score head)"] if saved.score else [])
             {"peft": peft, "xlora": xlora, "mistralrs": mistralrs}[format].write(saved, staged, final=folder)
 
 
@@ -128,26 +132,49 @@ def check_sites(saved: Saved, sites: Sequence[str]) -> None:
         )
 
 
+def check_class(saved: Saved, wanted: str) -> None:
+    """Raises CheckpointError if the checkpoint belongs to another of our classes."""
+    if saved.model_class != wanted:
+        raise CheckpointError(
+            f"{saved.where}: a checkpoint of {saved.model_class}, which is not {wanted}: load it with "
+            f"{saved.model_class}.from_pretrained"
+        )
+
+
 def checked_head(saved: Saved, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The saved head, if its tensors are those that the config calls for.
 
     Raises:
         MissingTensorsError: some are not there; they are named, and why where it is known.
-        CheckpointError: some are of another shape, or there are more.
+        CheckpointError: some are of another shape or not finite, or there are more.
     """
-    missing = [key for key in expected if key not in saved.head]
-    if missing:
+    where, shown = f"{saved.where}: the head", saved.head_names
+    if missing := [shown.get(key, key) for key in expected if key not in saved.head]:
         hint = f" {saved.missing_hint}" if saved.missing_hint else ""
-        shown = names([saved.head_names.get(key, key) for key in missing])
-        raise MissingTensorsError(f"{saved.where}: the head lacks {shown}.{hint}")
-    if extra := [key for key in saved.head if key not in expected]:
-        raise CheckpointError(f"{saved.where}: the head has tensors that the config does not call for: {names(extra)}")
-    for key, tensor in saved.head.items():
+        raise MissingTensorsError(f"{where} lacks {names(missing)}.{hint}")
+    _check_tensors(saved.head, expected, where, shown)
+    return saved.head
+
+
+def checked_score(saved: Saved, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The saved score head, likewise."""
+    where = f"{Path(saved.where).with_name(native.SCORE)}: the score head"
+    if missing := [key for key in expected if key not in saved.score]:
+        raise MissingTensorsError(f"{where} lacks {names(missing)}.")
+    _check_tensors(saved.score, expected, where, {})
+    return saved.score
+
+
+def _check_tensors(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str, shown: Mapping[str, str]
+) -> None:
+    if extra := [key for key in found if key not in expected]:
+        raise CheckpointError(f"{where} has tensors that the config does not call for: {names(extra)}")
+    for key, tensor in found.items():
         if not tensor.isfinite().all():
-            raise CheckpointError(f"{saved.where}: head tensor {saved.head_names.get(key, key)} holds NaN or infinity")
+            raise CheckpointError(f"{where}: tensor {shown.get(key, key)} holds NaN or infinity")
         if tensor.shape != expected[key].shape:
             raise CheckpointError(
-                f"{saved.where}: head tensor {saved.head_names.get(key, key)} has shape {tuple(tensor.shape)}, "
+                f"{where}: tensor {shown.get(key, key)} has shape {tuple(tensor.shape)}, "
                 f"expected {tuple(expected[key].shape)}"
             )
-    return saved.head

@@ -2,6 +2,7 @@
 
 config.json                XLoraConfig, with the base's config, expert and site names
 head.safetensors           ScalingHead.state_dict
+score.safetensors          for classification: the state_dict of the base's score head
 experts/<name>/            a PEFT LoRA folder each
 base/                      optional: the base as transformers saves it
 """
@@ -9,13 +10,13 @@ base/                      optional: the base as transformers saves it
 import os
 from pathlib import Path
 
-from xloom.checkpoints.saved import Saved, write_expert
+from xloom.checkpoints.saved import CAUSAL, CLASSIFICATION, Saved, write_expert
 from xloom.config import XLoraConfig
-from xloom.errors import TruncatedFileError
+from xloom.errors import CheckpointError, TruncatedFileError
 from xloom.experts import Expert
 from xloom.files import naming, read_json, read_tensors, write_json, write_tensors
 
-CONFIG, HEAD, EXPERTS, BASE = "config.json", "head.safetensors", "experts", "base"
+CONFIG, HEAD, SCORE, EXPERTS, BASE = "config.json", "head.safetensors", "score.safetensors", "experts", "base"
 
 
 def read(folder: Path) -> Saved:
@@ -25,6 +26,11 @@ def read(folder: Path) -> Saved:
     with naming(folder / CONFIG):
         config = XLoraConfig(**raw)
     experts = {name: Expert.from_pretrained(folder / EXPERTS / name) for name in config.experts or []}
+    model_class = (raw.get("architectures") or [CAUSAL])[0]
+    if model_class not in (CAUSAL, CLASSIFICATION):
+        raise CheckpointError(
+            f"{folder / CONFIG}: expected architectures {CAUSAL} or {CLASSIFICATION}, found {model_class!r}"
+        )
     base = folder / BASE
     where = config.base_model_name_or_path
     if where and where.startswith("."):
@@ -35,18 +41,22 @@ def read(folder: Path) -> Saved:
         experts,
         base_folder=base if base.is_dir() else None,
         where=str(folder / HEAD),
+        model_class=model_class,
+        score=read_tensors(folder / SCORE) if model_class == CLASSIFICATION else {},
     )
 
 
 def write(saved: Saved, folder: Path, *, final: Path) -> None:
     config = saved.config.to_dict()
-    config["architectures"] = ["XLoraForCausalLM"]
+    config["architectures"] = [saved.model_class]
     config["base_model_name_or_path"] = relative_base(saved.config.base_model_name_or_path, final)
     config.pop("_name_or_path", None)
     if isinstance(config.get("base_config"), dict):
         config["base_config"].pop("_name_or_path", None)
     write_json(folder / CONFIG, config)
     write_tensors(folder / HEAD, saved.head)
+    if saved.score:
+        write_tensors(folder / SCORE, saved.score)
     for name, expert in saved.experts.items():
         write_expert(expert, folder / EXPERTS / name)
 

@@ -11,6 +11,9 @@ from xloom.errors import NotExportableError, names
 from xloom.experts import CONFIG_FILE, WEIGHTS_FILE, Expert
 from xloom.files import write_json, write_tensors
 
+# Names in config.json of the classes that there are checkpoints of.
+CAUSAL, CLASSIFICATION = "XLoraForCausalLM", "XLoraForSequenceClassification"
+
 
 @dataclass
 class Saved:
@@ -22,6 +25,8 @@ class Saved:
         where: the file that the head came from, for messages.
         head_names: what the file calls those tensors, for messages.
         missing_hint: why tensors may be missing from such a file.
+        model_class: CAUSAL or CLASSIFICATION.
+        score: the score head of a model for classification, by the names of its `state_dict`.
     """
 
     config: XLoraConfig
@@ -31,6 +36,8 @@ class Saved:
     where: str = ""
     head_names: Mapping[str, str] = field(default_factory=dict)
     missing_hint: str = ""
+    model_class: str = CAUSAL
+    score: dict[str, Tensor] = field(default_factory=dict)
 
 
 def write_expert(expert: Expert, folder: Path) -> None:

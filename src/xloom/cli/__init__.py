@@ -4,6 +4,7 @@ Only typer and rich are imported here; everything heavy is imported inside the c
 """
 
 import logging
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -73,7 +74,7 @@ def train_expert(recipe: Annotated[Path, typer.Argument(help="YAML file, see doc
     from xloom.training.expert import train_expert as train
     from xloom.training.recipe import load_expert_recipe
 
-    typer.echo(f"expert written to {train(load_expert_recipe(recipe))}")
+    _once(f"expert written to {train(load_expert_recipe(recipe))}")
 
 
 @app.command()
@@ -82,7 +83,7 @@ def train(recipe: Annotated[Path, typer.Argument(help="YAML file, see docs/train
     from xloom.training.head import train_head
     from xloom.training.recipe import load_head_recipe
 
-    typer.echo(f"model written to {train_head(load_head_recipe(recipe))}")
+    _once(f"model written to {train_head(load_head_recipe(recipe))}")
 
 
 @app.command("extract-expert")
@@ -93,7 +94,9 @@ def extract_expert(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write, an ordinary PEFT LoRA.")],
     target: Annotated[
         list[str] | None,
-        typer.Option(help="Only modules of this name or ending (default: all linear ones but the language-model head)."),
+        typer.Option(
+            help="Only modules of this name or ending (default: all linear ones but the language-model head)."
+        ),
     ] = None,
     json: JsonOption = None,
 ) -> None:
@@ -168,6 +171,12 @@ def convert(
     typer.echo(convert_checkpoint(source, target, format, base=base, include_base=include_base))
 
 
+def _once(text: str) -> None:
+    """Of several processes of a launcher, the first alone speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(text)
+
+
 BenchBase = Annotated[str, typer.Option("--base", help="Path, hub id, built-in name, or 'random' (135M parameters).")]
 SystemOption = Annotated[list[str] | None, typer.Option(help="Only these systems; may be given more than once.")]
 ExpertsOption = Annotated[int, typer.Option(min=1, help="Number of experts.")]
@@ -212,6 +221,27 @@ def bench_prefill(
     from xloom.cli.bench import prefill
 
     prefill(base, experts, rank, prompt_tokens, rounds, system, device, dtype, json)
+
+
+@bench.command("train")
+def bench_train(
+    base: BenchBase = "random",
+    experts: Annotated[list[int], typer.Option(min=1, help="Number of experts; may be given more than once.")] = [4, 9],  # noqa: B006
+    rank: RankOption = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 4,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 128,
+    completion: Annotated[int, typer.Option(min=1, help="Tokens at the end of a row that the loss is on.")] = 16,
+    rounds: RoundsOption = 5,
+    system: SystemOption = None,
+    memory: Annotated[bool, typer.Option(help="Measure memory too, each system in a process of its own.")] = True,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    json: JsonOption = None,
+) -> None:
+    """Time and memory per training step of the head: PEFT X-LoRA, xloom; same weights and rows, in turn."""
+    from xloom.cli.bench import train
+
+    train(base, experts, rank, batch, tokens, completion, rounds, system, memory, device, dtype, json)
 
 
 def main() -> None:

@@ -2,9 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from xloom.benchmark.bench_train import SYSTEMS as TRAIN_SYSTEMS
+from xloom.benchmark.bench_train import bench_train
 from xloom.benchmark.run import SYSTEMS, bench_decode, bench_prefill
 from xloom.benchmark.tables import Report, check_target, write_report
 
@@ -65,7 +68,40 @@ def prefill(
     )
 
 
-def _run(measure: Callable[[Callable[[str], None]], Report], json: Path | None) -> None:
+def train(
+    base: str,
+    experts: Sequence[int],
+    rank: int,
+    batch: int,
+    tokens: int,
+    completion: int,
+    rounds: int,
+    systems: Sequence[str] | None,
+    memory: bool,
+    device: str,
+    dtype: str,
+    json: Path | None,
+) -> None:
+    _run(
+        lambda say: bench_train(
+            base,
+            experts=experts,
+            rank=rank,
+            batch=batch,
+            tokens=tokens,
+            completion=completion,
+            rounds=rounds,
+            systems=systems or TRAIN_SYSTEMS,
+            memory=memory,
+            device=device,
+            dtype=dtype,
+            progress=say,
+        ),
+        json,
+    )
+
+
+def _run(measure: Callable[[Callable[[str], None]], Report[Any]], json: Path | None) -> None:
     if json is not None:
         check_target(json)
     console = Console()

@@ -16,7 +16,7 @@ from xloom.cli.common import BASE_COLOUR, PALETTE, encode, load, parse_router, w
 from xloom.errors import XLoomError
 from xloom.model import XLoraForCausalLM
 from xloom.trace import ScalingsLog
-from xloom.training.run import pad_id
+from xloom.training.base import pad_id
 
 BASE_LABEL = "base"
 

@@ -1,11 +1,17 @@
-"""How a recipe's frozen base is loaded."""
+"""How a recipe's frozen base and its tokenizer are loaded, quietly."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
 
-from xloom.errors import MissingExtraError
+from xloom.errors import MissingExtraError, NotFoundError
+from xloom.suite.base_model import resolve_base
 from xloom.training.recipe import Recipe
 
 
@@ -29,3 +35,37 @@ def base_options(recipe: Recipe) -> dict[str, Any]:
         return {"dtype": dtype, "quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     return {"dtype": dtype, "quantization_config": four}
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The base's tokenizer.
+
+    Raises:
+        NotFoundError: the base has none within reach.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(resolve_base(source))
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise NotFoundError(f"base model {source}: no tokenizer within reach ({reason})") from None
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Any id will do: what is padded is masked and has no labels."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers says nothing and shows no bars of its own inside the block."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -5,7 +5,7 @@
                          optimizer.safetensors, optimizer.json     optimizer and schedule
                          random.safetensors, random.json           random states, one of every process
                          trainer_state.json    step and log history
-    unfinished-*/        one that is being written or removed
+    unfinished-*/        one that is being written
 
 A folder is written beside, brought to the disk, and renamed; older ones go when the new one stands.
 Knows nothing of loops or models.
@@ -81,7 +81,7 @@ def write_checkpoint(work: Path, step: int, tensors: Mapping[str, Tensors], valu
         ) from error
     for old in _checkpoints(work):
         if old != target:
-            _remove(old)
+            shutil.rmtree(old, ignore_errors=True)
     return target
 
 
@@ -89,23 +89,13 @@ def clear_leftovers(work: Path, keep: Path | None) -> None:
     """Removes what a killed run left half-written, and every checkpoint but `keep`."""
     for path in _checkpoints(work):
         if path != keep:
-            _remove(path)
+            shutil.rmtree(path, ignore_errors=True)
     for path in work.glob(f"{_UNFINISHED}*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _checkpoints(work: Path) -> list[Path]:
     return [p for p in work.glob(f"{_NAME}*") if p.name.removeprefix(_NAME).isdigit()]
-
-
-def _remove(checkpoint: Path) -> None:
-    """Out of the way first: a folder with half its files must not pass for a checkpoint."""
-    away = checkpoint.with_name(f"{_UNFINISHED}old-{step_of(checkpoint)}")
-    try:
-        os.replace(checkpoint, away)
-    except OSError:
-        return  # the next start tries again
-    shutil.rmtree(away, ignore_errors=True)
 
 
 # --- files ---
@@ -156,30 +146,6 @@ def _safetensors(tensors: Tensors) -> bytes:
     return content
 
 
-# --- tensors that are spread over processes (FSDP2) ---
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The full tensor, detached; every process takes part."""
-    full: Tensor = tensor.detach()
-    return full.full_tensor() if is_spread(full) else full  # type: ignore[attr-defined]
-
-
-def like(tensor: Tensor, target: Tensor) -> Tensor:
-    """A full tensor, spread as `target` is."""
-    if not is_spread(target):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    spread: Any = target
-    return distribute_tensor(tensor.to(target.device), spread.device_mesh, spread.placements)
-
-
-def is_spread(tensor: Tensor) -> bool:
-    """True for a DTensor. Not by its class: torch has none where it is built without `distributed`."""
-    return hasattr(tensor, "full_tensor")
-
-
 # --- the optimizer ---
 
 
@@ -191,7 +157,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[Tensors, dict[str
     for number, entries in state["state"].items():
         for name, value in entries.items():
             if isinstance(value, Tensor):
-                tensors[f"{number}.{name}"] = whole(value).cpu()
+                tensors[f"{number}.{name}"] = value.cpu()
             else:
                 values[f"{number}.{name}"] = value
     return tensors, {"groups": state["param_groups"], "values": values}
@@ -202,13 +168,9 @@ def set_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Tensors, valu
     now = optimizer.state_dict()["param_groups"]
     if [group["params"] for group in values["groups"]] != [group["params"] for group in now]:
         raise CheckpointError("the optimizer's groups are not those of this run")
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     for key, value in {**tensors, **values["values"]}.items():
         number, _, name = key.partition(".")
-        parameter = parameters[int(number)]
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
-            value = like(value, parameter)
         state.setdefault(int(number), {})[name] = value
     groups = [  # JSON has lists where the optimizer had tuples
         {k: tuple(v) if isinstance(here.get(k), tuple) else v for k, v in group.items()}

@@ -14,12 +14,12 @@ from transformers.pytorch_utils import Conv1D
 from xloom.architecture import check_base
 from xloom.errors import NotFoundError, RecipeError
 from xloom.suite.base_model import resolve_base
-from xloom.training.base import base_options
+from xloom.training.base import base_options, load_tokenizer, pad_id, quiet
 from xloom.training.data import Examples, read_examples, rows_record
 from xloom.training.loop import CompletionTrainer, train
 from xloom.training.recipe import ExpertRecipe, Lora
 from xloom.training.rows import find_source
-from xloom.training.run import Run, load_tokenizer, pad_id, quiet
+from xloom.training.run import Run
 
 
 def train_expert(recipe: ExpertRecipe, *, progress: bool = True) -> Path:

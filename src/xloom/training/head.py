@@ -24,7 +24,7 @@ from xloom.files import fetch_folder
 from xloom.model import XLoraForCausalLM
 from xloom.routers import HiddenStateRouter, XLora
 from xloom.training import processes
-from xloom.training.base import base_options
+from xloom.training.base import base_options, load_tokenizer, pad_id, quiet
 from xloom.training.data import Example, Examples, plan_batches, read_examples, rows_record
 from xloom.training.loop import CompletionTrainer, Settings, train
 from xloom.training.objective import (
@@ -38,7 +38,7 @@ from xloom.training.prepared import BASE, UNIFORM, ExpertLosses, HeadStates, bas
 from xloom.training.progress import counting
 from xloom.training.recipe import HeadRecipe
 from xloom.training.rows import find_source
-from xloom.training.run import Run, load_tokenizer, pad_id, quiet
+from xloom.training.run import Run
 from xloom.training.start import fit_to_arrow, states_of, statistics
 
 _SAMPLE = 256  # rows that the head's statistics are taken from

@@ -32,11 +32,11 @@ from transformers import (
     set_seed,
 )
 
-from xloom.errors import CheckpointError, DivergedError
+from xloom.errors import CheckpointError, ConfigError, DivergedError
 from xloom.files import read_json, read_tensors
 from xloom.training import checkpoint as files
 from xloom.training import history, processes
-from xloom.training.checkpoint import last_checkpoint, like, whole
+from xloom.training.checkpoint import last_checkpoint
 from xloom.training.data import IGNORED, Example, collate, plan_batches
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -80,6 +80,9 @@ class CompletionTrainer(Trainer):
         settings: `max_steps` and the batch size, over all processes, give the order of rows.
         train, valid: examples; `valid` may be empty.
         experts: names that a row's domain may be.
+
+    Raises:
+        ConfigError: the launcher asks for FSDP or DeepSpeed.
     """
 
     control: Any
@@ -112,6 +115,8 @@ class CompletionTrainer(Trainer):
             eval_dataset=sorted(valid, key=lambda e: len(e.input_ids)),
             callbacks=[*callbacks, _Watch(self)],
         )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ConfigError("training: expected processes that each hold the whole model, found FSDP or DeepSpeed")
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the loss below is one over all tokens of a step
         self._takes_positions = "position_ids" in inspect.signature(_unwrapped(model).forward).parameters
@@ -193,17 +198,13 @@ class CompletionTrainer(Trainer):
         """This process's share of batches of examples with the model's outputs, without gradients or dropout."""
         assert self.model is not None
         self.model.eval()
-        size, here, number = self.args.per_device_train_batch_size, processes.index(), processes.count()
-        starts = list(range(0, len(examples), size))
-        for turn in range(0, len(starts), number):
-            # A process with nothing left goes along: a model that is spread over processes needs them all.
-            start = starts[min(turn + here, len(starts) - 1)]
+        size = self.args.per_device_train_batch_size
+        for start in range(size * processes.index(), len(examples), size * processes.count()):
             rows = list(examples[start : start + size])
             batch = self._prepare_inputs(self.collate(rows))
             with torch.no_grad():
                 out = self.outputs(self.model, batch)
-            if turn + here < len(starts):
-                yield batch, rows, out
+            yield batch, rows, out
 
     def measure(self) -> dict[str, Any]:
         """Loss per completion token on the validation rows, in all and by domain, and the means of `observe`."""
@@ -269,7 +270,7 @@ class CompletionTrainer(Trainer):
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def _copy(self) -> dict[str, Tensor]:
-        return {name: whole(tensor).to("cpu", copy=True) for name, tensor in self.trained().items()}
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.trained().items()}
 
     def _put(self, saved: Mapping[str, Tensor], where: str) -> None:
         here = self.trained()
@@ -277,7 +278,7 @@ class CompletionTrainer(Trainer):
             raise CheckpointError(f"{where}: its tensors are not those of this run; delete the folder")
         with torch.no_grad():
             for name, tensor in here.items():
-                tensor.copy_(like(saved[name], tensor))
+                tensor.copy_(saved[name])
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Trainer would write the base and a pickle of its settings."""
@@ -344,7 +345,7 @@ def train(trainer: CompletionTrainer, checkpoint: Path | None) -> None:
     if trainer._best is not None:
         trainer._put(trainer._best, "best weights")
     for name, tensor in trainer.trained().items():
-        if not torch.isfinite(whole(tensor)).all():
+        if not torch.isfinite(tensor).all():
             raise DivergedError(f"step {trainer.state.global_step}: weight {name} holds NaN or infinity")
 
 

@@ -40,7 +40,8 @@ def cross_entropy(shares: Tensor, targets: Tensor) -> Tensor:
 
 def entropy(shares: Tensor) -> Tensor:
     """In nats, over the last axis; what is missing to a sum of 1 is ignored."""
-    return -torch.special.xlogy(shares, shares).sum(dim=-1)
+    found: Tensor = -torch.special.xlogy(shares, shares).sum(dim=-1)
+    return found
 
 
 def entropy_per_row(shares_BTSC: Tensor, mask_BT: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ def draw(chart: Chart) -> str:
             _line(axes, points, *key(i), noisy=chart.noisy)
         _scales(axes, chart.unit)
         file = io.StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None})
+        figure.savefig(file, format="svg")
     return _inline(file.getvalue(), chart)
 
 
@@ -123,7 +123,7 @@ def _scales(axes: Any, unit: str) -> None:
 
 
 def _inline(svg: str, chart: Chart) -> str:
-    """matplotlib's file as one element among others: no namespaces, no style for the whole page, ids of its own."""
+    """matplotlib's file as one element of a page: no namespaces, no date, no style for all of it, ids of its own."""
     root = ElementTree.fromstring(svg)
     prefix = "-".join(chart.title.lower().split())
     for parent in list(root.iter()):

@@ -34,7 +34,7 @@ def base_fingerprint(model: XLoraForCausalLM) -> str:
     Any change by training changes it; exchanged values within one tensor may not.
     """
     found = hashlib.sha256()
-    with model._plain_base() as base:
+    with model.plain_base() as base:
         tensors = [*base.named_parameters(), *base.named_buffers()]
     for name, tensor in tensors:
         flat = tensor.detach().reshape(-1)

@@ -1,51 +1,41 @@
 """The frame of a run: what it starts from, where it works, where its result goes, and how it is shown.
 
     <output>.work/   recipe.json, checkpoints and logs; removed at the end
-    <output>/        the result, with training.json; appears whole or not at all
+    <output>/        the result, with training.json and the report; appears whole or not at all
 
 A run is the same as an earlier one if recipe and input files are. Of several processes, the first alone decides,
 writes and speaks. Knows nothing of what is trained.
 """
 
-import hashlib
 import json
 import shutil
 import signal
 import threading
-import time
-import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import (
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import TrainerCallback
 from transformers.integrations import is_tensorboard_available
-from transformers.utils import logging
 
+from xloom import __version__
 from xloom.errors import CheckpointError, NotFoundError, TruncatedFileError, names
 from xloom.files import new_folder, read_json, write_json
-from xloom.suite.base_model import resolve_base
 from xloom.training import processes
 from xloom.training.checkpoint import clear_leftovers, disk_errors, last_checkpoint, step_of, sync_folder, why
 from xloom.training.loop import Settings
+from xloom.training.progress import Curves, ProgressBar
 from xloom.training.recipe import Recipe
+from xloom.training.report import write_report
+from xloom.training.rows import Source, find_source, fingerprint
 
 RECORD = "training.json"
 LOGS = "logs"
-_SPEED_OVER = 20  # steps
 
 
 class Run:
@@ -57,10 +47,12 @@ class Run:
         self.output = recipe.output_folder
         self.work = self.output.with_name(self.output.name + ".work")
         self.console = Console(stderr=True, quiet=not progress or processes.index() > 0)
-        data = {f"{key}:{word}": recipe.path(word) for key, words in recipe.data_files().items() for word in words}
+        words = [(f"{key}:{word}", word) for key, words in recipe.data_files().items() for word in words]
+        sources = {name: find_source(word, recipe.folder) for name, word in words}
+        sources |= {name: Source(path) for name, path in inputs.items()}
         self.identity: dict[str, Any] = {
             "recipe": recipe.model_dump(mode="json"),
-            "sha256": {name: _sha256(path) for name, path in {**data, **inputs}.items()},
+            "sha256": {name: fingerprint(source) for name, source in sources.items()},
         }
         if self.output.is_dir() and any(self.output.iterdir()) and not (self.output / RECORD).is_file():
             recipe.refuse("output", f"a new folder, or one with {RECORD}", f"other files in {self.output}")
@@ -121,10 +113,20 @@ class Run:
                 write(folder)
             if (self.work / LOGS).is_dir():
                 shutil.copytree(self.work / LOGS, folder / LOGS)
-            write_json(folder / RECORD, {**self.identity, **results})
+            record = {**self.identity, **results, **self._circumstances()}
+            write_json(folder / RECORD, record)
+            write_report(record, folder)
             sync_folder(folder)
         shutil.rmtree(self.work, ignore_errors=True)
         return self.output
+
+    def _circumstances(self) -> dict[str, Any]:
+        packages = {name: version(name) for name in ("torch", "transformers", "peft")}
+        device = str(torch.accelerator.current_accelerator() or "cpu")
+        return {
+            "versions": {"xloom": __version__, **packages},
+            "machine": {"device": device, "processes": processes.count()},
+        }
 
     def say(self, text: str) -> None:
         self.console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
@@ -133,7 +135,7 @@ class Run:
         """What of this run a record says otherwise; None if there is no record."""
         try:
             found = read_json(record)
-        except (NotFoundError, TruncatedFileError):
+        except (NotFoundError, TruncatedFileError, OSError):
             return None
         return differences(found, json.loads(json.dumps(self.identity)))
 
@@ -169,7 +171,7 @@ class Run:
             train_sampling_strategy="sequential",  # the order is planned beforehand, see data.plan_batches
             remove_unused_columns=False,
             dataloader_pin_memory=False,
-            ddp_find_unused_parameters=True,  # an adapted module of the base may lie idle, as a picture's part does
+            ddp_find_unused_parameters=False,  # whatever is trained takes part in every forward
             ddp_broadcast_buffers=False,  # the experts are buffers, and nobody changes them
             report_to=[],
             disable_tqdm=True,
@@ -198,90 +200,6 @@ class Run:
                 raise
             finally:
                 bar.close()
-
-
-class ProgressBar(TrainerCallback):
-    """One rich bar on one line: steps, loss, tokens per second over the last steps, time left."""
-
-    def __init__(self, console: Console) -> None:
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=12),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TextColumn("ETA"),
-            TimeRemainingColumn(compact=True),
-            console=console,
-        )
-        self._task = self._bar.add_task("training", total=None, note="")
-        self._seen: deque[tuple[float, int]] = deque(maxlen=_SPEED_OVER + 1)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._seen.append((time.monotonic(), state.num_input_tokens_seen))
-        self._bar.update(self._task, total=state.max_steps, completed=state.global_step)
-        self._bar.start()
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs and "loss" in logs:
-            self._seen.append((time.monotonic(), state.num_input_tokens_seen))
-            note = f"loss {logs['loss']:.3f}  {speed(self._seen):,.0f} tokens/s"
-            self._bar.update(self._task, completed=state.global_step, note=note)
-
-    def close(self) -> None:
-        self._bar.stop()
-
-
-class Curves(TrainerCallback):
-    """Everything that is logged, for TensorBoard. A resumed run goes on where its checkpoint stands."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._writer: Any = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.is_world_process_zero:
-            from torch.utils.tensorboard import SummaryWriter
-
-            resumed = state.global_step > 0
-            self._writer = SummaryWriter(self.folder, purge_step=state.global_step + 1 if resumed else None)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        for key, value in (logs or {}).items() if self._writer else ():
-            name = f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"
-            self._writer.add_scalar(name, value, state.global_step)
-        if self._writer:
-            self._writer.flush()
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._writer:
-            self._writer.close()
-            self._writer = None
-
-
-def speed(seen: Sequence[tuple[float, int]]) -> float:
-    """Tokens per second between the first and the last of (seconds, tokens so far)."""
-    (start, before), (now, after) = seen[0], seen[-1]
-    return (after - before) / (now - start) if now > start else 0.0
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -316,43 +234,3 @@ def _terminated_as_interrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """The base's tokenizer.
-
-    Raises:
-        NotFoundError: the base has none within reach.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(resolve_base(source))
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise NotFoundError(f"base model {source}: no tokenizer within reach ({reason})") from None
-
-
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Any id will do: what is padded is masked and has no labels."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """transformers says nothing and shows no bars of its own inside the block."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

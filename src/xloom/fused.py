@@ -1,0 +1,58 @@
+"""A frozen linear module and its frozen experts as one operation.
+
+    y = W x + b + B ((A x) * (s @ spread))
+
+One output instead of three: the experts' part is added into the base's own product, forward and backward. Of the
+tokens, backward keeps A x, the narrowest there is, and s. Knows nothing of routers; `Site.delta` is the reference.
+Letters: M tokens, flattened  I in-features  O out-features  N experts  R sum of the experts' ranks
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+def frozen_mix(
+    x: Tensor, scalings: Tensor, W_OI: Tensor, b_O: Tensor | None, A_RI: Tensor, B_OR: Tensor, spread_NR: Tensor
+) -> Tensor:
+    """y [*leading, O] for x [*leading, I] and scalings [*leading, N]; gradients for x and scalings alone."""
+    if torch.is_grad_enabled() and (x.requires_grad or scalings.requires_grad):
+        y: Tensor = _FrozenMix.apply(x, scalings, W_OI, b_O, A_RI, B_OR, spread_NR)  # type: ignore[no-untyped-call]
+        return y
+    return _mixed(x, scalings, W_OI, b_O, A_RI, B_OR, spread_NR)[0]
+
+
+def _mixed(
+    x: Tensor, s: Tensor, W_OI: Tensor, b_O: Tensor | None, A_RI: Tensor, B_OR: Tensor, spread_NR: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    s_MN, x_MI = s.reshape(-1, s.shape[-1]), x.reshape(-1, x.shape[-1])
+    h_MR = x_MI @ A_RI.T
+    y_MO = F.linear(x_MI, W_OI, b_O).addmm_(h_MR * (s_MN @ spread_NR), B_OR.T)
+    return y_MO.view(*x.shape[:-1], -1), h_MR, s_MN
+
+
+class _FrozenMix(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, s: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, spread: Tensor
+    ) -> Tensor:
+        y, h_MR, s_MN = _mixed(x, s, W, b, A, B, spread)
+        ctx.save_for_backward(h_MR, s_MN, W, A, B, spread)
+        ctx.shapes = x.shape, s.shape
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        h_MR, s_MN, W_OI, A_RI, B_OR, spread_NR = ctx.saved_tensors
+        x_shape, s_shape = ctx.shapes
+        dy_MO = dy.reshape(-1, dy.shape[-1])
+        d_MR = dy_MO @ B_OR
+        ds = ((d_MR * h_MR) @ spread_NR.T).view(s_shape) if ctx.needs_input_grad[1] else None
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = (dy_MO @ W_OI).addmm_(d_MR * (s_MN @ spread_NR), A_RI).view(x_shape)
+        return dx, ds, None, None, None, None, None
