@@ -51,6 +51,7 @@ class Facts:
 
     def __init__(self, record: Mapping[str, Any]) -> None:
         self.recipe = mapping(record.get("recipe"))
+        self.right_experts = mapping(record.get("right_experts"))
         self.is_head = record.get("kind", "head" if "experts" in self.recipe else "expert") == "head"
         self.scalars = numbers(record)
         self.stopped_early = record.get("stopped_early") is True
@@ -87,7 +88,7 @@ class Facts:
         measured = [name for losses in [self.end, *self.references.values()] for name in losses]
         domains = dict.fromkeys(n.removeprefix("loss_") for n in measured if n.startswith("loss_"))
         order = [d for d in data if d in domains] + [d for d in domains if d not in data]
-        return [self._standing(d, f"loss_{d}", mapping(data.get(d)).get("expert")) for d in order]
+        return [self._standing(d, f"loss_{d}", self.right_experts.get(d)) for d in order]
 
     def _standing(self, domain: str, key: str, expert: str | None) -> Standing:
         routers = ("base", "uniform", f"single:{expert}")

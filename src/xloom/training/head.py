@@ -85,7 +85,8 @@ def train_head(recipe: HeadRecipe, *, progress: bool = True) -> Path:
         if checkpoint is None:
             trainer.start_head()
         train(trainer, checkpoint)
-        results = {"kind": "head", "rows": rows_record(rows, valid), **trainer.summary(), **trainer.account()}
+        results = {"kind": "head", "rows": rows_record(rows, valid), "right_experts": recipe.right_experts()}
+        results |= trainer.summary() | trainer.account()
 
         def write(folder: Path) -> None:
             model.save_pretrained(folder)
