@@ -43,6 +43,7 @@ from xloom.training.start import fit_to_arrow, states_of, statistics
 
 _SAMPLE = 256  # rows that the head's statistics are taken from
 _USE, _ENTROPY = "use/", "entropy/"  # of the names of what validation observes
+_POOL = 4  # batches sorted by length together: with more, batches of one domain alone pull the gate to and fro
 _ARROW_SAMPLE = 64  # rows that a head is fitted to Arrow on
 
 
@@ -164,13 +165,11 @@ class HeadTrainer(CompletionTrainer):
         self.model.config.__dict__.pop("use_cache", None)  # Trainer writes its own there, which would be saved
 
     def plan(self, train: Sequence[Example], settings: Settings) -> list[int]:
-        recipe = self.recipe
         groups = [self.domains.index(e.domain or "") for e in train]
-        given = {self.domains.index(name): domain.weight for name, domain in recipe.data.items()}
-        weights = {g: w or 1.0 for g, w in given.items()} if any(given.values()) else None
+        weights = {self.domains.index(name): domain.weight for name, domain in self.recipe.data.items()}
         batches = settings.max_steps * settings.gradient_accumulation_steps
-        lengths = [len(e.input_ids) for e in train]
-        return plan_batches(lengths, recipe.batch_size, batches, settings.seed, groups=groups, weights=weights)
+        lengths, size = [len(e.input_ids) for e in train], self.recipe.batch_size
+        return plan_batches(lengths, size, batches, settings.seed, groups=groups, weights=weights, pool=_POOL)
 
     @property
     def seen(self) -> list[Example]:

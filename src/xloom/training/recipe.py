@@ -76,15 +76,14 @@ class Domain(BaseModel):
         files: what holds them, see `rows.find_source`.
         expert: the right expert for them; by default the one that has the domain's name. None: there is no single
             right one, and the experts' own losses say how well each suits a row.
-        weight: of these rows among all that are drawn. Where one domain has a weight, those without count as 1; where
-            none has, every row is drawn equally often.
+        weight: how often rows are drawn from here, relative to the other domains; not from how many.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     files: Paths
     expert: str | None = None
-    weight: Annotated[float, Field(gt=0)] | None = None
+    weight: Annotated[float, Field(gt=0)] = 1.0
 
     @property
     def says_expert(self) -> bool:
