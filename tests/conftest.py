@@ -1,6 +1,7 @@
 """What every test starts from: no network, one seed, few threads."""
 
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -18,8 +19,8 @@ settings.load_profile("xloom")
 
 
 @pytest.fixture(autouse=True)
-def _same_start(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    monkeypatch.setenv("XLOOM_CACHE", str(tmp_path_factory.getbasetemp() / "xloom-cache"))
+def _same_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XLOOM_CACHE", str(tmp_path / "xloom-cache"))
     torch.manual_seed(0)
     logging.set_verbosity_error()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from transformers import AutoConfig, PreTrainedModel
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 from xloom import architecture, checkpoints
 from xloom.config import XLoraConfig, check_expert_names, check_field_names
@@ -111,6 +112,8 @@ class XLoraModel(TwoPassModel):
             options.setdefault("revision", saved.config.base_revision)
         if saved.config.dtype is not None and not isinstance(source, PreTrainedModel):
             options.setdefault("dtype", saved.config.dtype)  # the head was trained on the base in this dtype
+        if base is None and (how := getattr(saved.config.base_config, "quantization_config", None)):
+            options.setdefault("quantization_config", AutoQuantizationConfig.from_dict(dict(how)))
         model, where = cls._load_base(source, options | cls._saved_options(saved))
         architecture.check_same_base(saved.config, model)
         config = XLoraConfig(**{**saved.config.to_dict(), "base_config": model.config, "dtype": model.dtype})

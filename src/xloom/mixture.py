@@ -84,7 +84,7 @@ class Site(nn.Module):
         place: dict[str, Any] = {"dtype": dtype, "device": device}
         experts = [e and e.to(**place) for e in experts]
         here = [e for e in experts if e]
-        out_features = here[0].B_OR.shape[0]
+        like_O = here[0].B_OR[:, 0]
 
         self._own("A_RI", torch.cat([e.A_RI for e in here], dim=0), trainable)
         self._own("B_OR", torch.cat([e.B_OR for e in here], dim=1), trainable)
@@ -95,18 +95,18 @@ class Site(nn.Module):
         self.register_buffer("spread_NR", spread.to(**place), persistent=False)
         bias = None
         if any(self._with_bias):
-            bias = torch.stack([_or_zeros(e.bias_O if e else None, out_features) for e in experts]).to(**place)
+            bias = torch.stack([_or_zeros(e.bias_O if e else None, like_O) for e in experts]).to(**place)
         self._own("bias_NO", bias, trainable)
         magnitude = dora = None
         if any(self._with_dora):
             if trainable:
                 raise ConfigError(
-                    f"site {name}: a DoRA expert cannot be trained inside a mixture; train it alone, or use "
-                    "use_trainable_adapters=False"
+                    f"site {name}: a DoRA expert cannot be trained inside a mixture; train it alone, or "
+                    "leave the experts frozen"
                 )
             weight_OI = dense_weight(base)
-            magnitude = torch.stack([_or_zeros(e.magnitude_O if e else None, out_features) for e in experts])
-            gain = torch.stack([dora_gain(e, weight_OI) if e else torch.ones(out_features) for e in experts])
+            magnitude = torch.stack([_or_zeros(e.magnitude_O if e else None, like_O) for e in experts])
+            gain = torch.stack([dora_gain(e, weight_OI) if e else weight_OI.new_ones(len(like_O)) for e in experts])
             magnitude, dora = magnitude.to(**place), (gain - 1).to(**place)
             spans = self._rank_spans()
             per_rank = [gain[n, :, None].expand(-1, stop - start) for n, (start, stop) in enumerate(spans)]
@@ -409,5 +409,5 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _or_zeros(tensor: Tensor | None, size: int) -> Tensor:
-    return torch.zeros(size) if tensor is None else tensor
+def _or_zeros(tensor: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if tensor is None else tensor

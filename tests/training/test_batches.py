@@ -5,7 +5,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
@@ -120,14 +119,12 @@ def test_the_record_of_rows_is_plain_json() -> None:
 
 def test_collate_pads_on_the_left() -> None:
     rows = [Example((5, 6, 7, 8), 2, "b"), Example((9, 10), 1, "other"), Example((9, 10), 1)]
-    batch = collate(rows, pad_id=0, expert_of={"a": 0, "b": 1})
+    batch = collate(rows, pad_id=0)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [0, 0, 9, 10], [0, 0, 9, 10]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3], [0, 0, 0, 1], [0, 0, 0, 1]]
     assert batch["keep"] == 3
     assert batch["labels"].tolist() == [[IGNORED, 7, 8], [IGNORED, IGNORED, 10], [IGNORED, IGNORED, 10]]
-    assert torch.equal(batch["expert"], torch.tensor([1, IGNORED, IGNORED]))
-    assert collate(rows, pad_id=0)["expert"].tolist() == [IGNORED] * 3
 
 
 # --- plans ---

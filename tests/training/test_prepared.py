@@ -1,6 +1,8 @@
 """What is computed once per row and kept: the right values, whatever the cache held before; room, damage, eviction."""
 
 import os
+import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from xloom.training.objective import token_losses
 from xloom.training.prepared import BASE, ExpertLosses, HeadStates, base_fingerprint
 from xloom.training.store import TensorStore, row_key
 
-ROWS = [Example(tuple(range(4, 4 + n)), start) for n, start in [(9, 6), (4, 3), (12, 2), (6, 5)]]
+ROWS = [Example(tuple(range(4, 4 + n)), start) for n, start in [(9, 6), (4, 3), (12, 2), (6, 5), (9, 2)]]
 IDS = {"chem": "c1", "mech": "m1", "prot": "p1"}
 
 
@@ -74,20 +76,50 @@ def test_a_damaged_shard_is_computed_again(tmp_path: Path) -> None:
     assert "a" not in TensorStore({}, tmp_path)
 
 
-def test_room_is_made_by_removing_the_stores_longest_unused(tmp_path: Path) -> None:
-    stores = [TensorStore({"n": n}, tmp_path) for n in range(3)]
-    for age, store in enumerate(stores):
-        store.add("a", torch.zeros(1000))
+def filled(root: Path, age: float, *names: str, **about: int) -> TensorStore:
+    """A store with 4 kB of each name, last used so many seconds ago."""
+    store = TensorStore(about, root)
+    for name in names:
+        store.add(name, torch.zeros(1000))
         store.flush()
-        os.utime(store.folder, (age, age))
+    os.utime(store.folder, (time.time() - age, time.time() - age))
+    return store
+
+
+def test_room_is_made_by_removing_the_stores_longest_unused(tmp_path: Path) -> None:
+    stores = [filled(tmp_path, age, "a", n=n) for n, age in enumerate([3000, 2000, 1000, 5])]
+
+    def there() -> list[bool]:
+        return [store.folder.exists() for store in stores]
+
     new = TensorStore({"n": "new"}, tmp_path)
-    assert new.make_room(1000, 20_000)
-    assert all(store.folder.exists() for store in stores)
-    assert new.make_room(4000, 13_000)
-    assert [store.folder.exists() for store in stores] == [False, True, True]
-    assert not new.make_room(4000, 3000)
-    assert new.folder.exists()
-    assert not new.make_room(10**18, 10**19), "more than the disk has"
+    assert new.make_room([], 1000, 30_000)
+    assert there() == [True] * 4
+    assert not new.make_room([], 10_000, 9000), "it cannot be"
+    assert not new.make_room([], 10**18, 10**19), "more than the disk has"
+    assert there() == [True] * 4, "and then nothing goes"
+    assert new.make_room([], 4000, 18_000)
+    assert there() == [False, True, True, True]
+    assert new.make_room([], 4000, 10_000)
+    assert there() == [False, False, False, True], "the last is in use"
+
+
+def test_room_is_made_by_removing_own_rows_that_nobody_wants(tmp_path: Path) -> None:
+    store = filled(tmp_path, 0, "a", "b", "c", n=1)
+    assert not store.make_room("abcd", 4000, 13_000)
+    assert store.make_room("bd", 4000, 13_000)
+    assert "b" in store
+    assert len(store.missing("abc")) == 1
+    assert TensorStore({"n": 1}, tmp_path).missing("abc") == store.missing("abc")
+
+
+def test_a_store_that_somebody_removed_is_made_anew(tmp_path: Path) -> None:
+    store = filled(tmp_path, 0, "a", n=1)
+    shutil.rmtree(store.folder)
+    store.add("b", torch.ones(3))
+    store.flush()
+    store.refresh()
+    assert torch.equal(store["b"], torch.ones(3))
 
 
 def test_rows_have_names_of_their_own() -> None:
@@ -102,10 +134,10 @@ def test_states_are_those_of_the_model(llama: PreTrainedModel, tmp_path: Path, f
     paths = make_experts(llama, tmp_path / "e")
     model = XLoraForCausalLM.from_experts(llama, paths, drop_sites_below_gate=True, **fields)
     states = HeadStates(model, "base", IDS, tmp_path)
-    assert states.bytes_of([*ROWS, ROWS[0]]) == sum(len(e.input_ids) for e in ROWS) * 32 * 4
+    assert states.bytes_of([*ROWS, ROWS[0]]) == sum(len(e.input_ids) for e in ROWS[:4]) * 32 * 4
     ticks: list[int] = []
     states.fill([*ROWS, ROWS[0]], 2, 0, lambda: ticks.append(1))
-    assert len(ticks) == len(ROWS)
+    assert len(ticks) == len(ROWS) - 1, "the last has the tokens of the first"
     assert states.bytes_of(ROWS) == 0
     for row in ROWS:
         expected = model.compute_head_states(torch.tensor([row.input_ids]))[0]
@@ -127,13 +159,19 @@ def test_states_do_not_depend_on_what_the_cache_held(model: XLoraForCausalLM, tm
 
 def test_states_of_other_settings_lie_elsewhere(llama: PreTrainedModel, tmp_path: Path) -> None:
     paths = make_experts(llama, tmp_path / "e")
+    mixing = {"scaling_pass_value": 0.5}
     folders = set()
-    for fields in ({}, {"gate_at_layer": 1}, {"gate_at_layer": 2}, {"scaling_pass_value": 0.5}):
+    for fields in (
+        {}, {"top_k_lora": 1}, {"gate_at_layer": 1}, {"gate_at_layer": 2},
+        mixing, mixing | {"top_k_lora": 1}, mixing | {"global_scaling_weight": 3.0},
+        mixing | {"top_k_lora": 1, "enable_softmax_topk": True},
+    ):  # fmt: skip
         model = XLoraForCausalLM.from_experts(llama, paths, drop_sites_below_gate=True, **fields)
         for ids in (IDS, IDS | {"chem": "other"}):
             folders.add(HeadStates(model, "b", ids, tmp_path).store.folder)
         model.unload()
-    assert len(folders) == 5  # other experts matter where the scaling pass uses them, and there alone
+    # other experts, and what becomes of their weights, matter where the scaling pass uses them, and there alone
+    assert len(folders) == 3 + 2 * 4
 
 
 def test_losses_are_those_of_each_expert_alone(model: XLoraForCausalLM, tmp_path: Path) -> None:
@@ -166,4 +204,8 @@ def test_the_fingerprint_is_the_base_s_alone(llama: PreTrainedModel, tmp_path: P
     assert len(set(found)) == 1
     with torch.no_grad():
         llama.model.layers[1].mlp.up_proj.weight[3, 5] += 1e-3
-    assert base_fingerprint(XLoraForCausalLM.from_experts(llama, paths)) != found[0]
+    model = XLoraForCausalLM.from_experts(llama, paths)
+    assert base_fingerprint(model) != found[0]
+    changed, before = model.base.config, base_fingerprint(model)
+    changed.rms_norm_eps *= 10
+    assert base_fingerprint(model) != before

@@ -68,6 +68,11 @@ def test_from_keywords_paths_start_here(project: Path, monkeypatch: pytest.Monke
          "train: {project}/upp.jsonl: expected a data file, a dataset's folder or its hub id, found nothing "
          "(did you mean 'up.jsonl'?)"),
         ({"early_stopping": 2}, "early_stopping: expected eval_every beside it, found none"),
+        ({"lora": {"layers_to_transform": []}},
+         "lora.layers_to_transform: expected at least 1 item, found []"),
+        ({"quantisation": "8bit", "lora": {"use_dora": True}},
+         "lora.use_dora: expected false with an 8-bit base (bitsandbytes), or quantisation: 4bit, found true"),
+        ({"train": []}, "train: expected at least 1 item, found []"),
         ({"train": ""}, "train.0: expected at least 1 character, found ''"),
         ({"base": "./nowhere"},
          "base: expected a folder, a hub id or the built-in base, "
@@ -107,6 +112,8 @@ def test_problems_of_an_expert_recipe(project: Path, changes: dict[str, object],
          "head.use_trainable_adapters: expected experts_learning_rate, which trains the experts, found none"),
         ({"experts_learning_rate": 1e-3, "dtype": "bfloat16"},
          "dtype: expected float32 where experts are trained, found bfloat16"),
+        ({"init": "arrow", "head": {"enable_softmax": False}},
+         "init: expected a head with enable_softmax, found enable_softmax: false"),
         ({"start_temperature": 2, "head": {"enable_softmax": False}},
          "start_temperature: expected a head with enable_softmax, found enable_softmax: false"),
     ],
@@ -136,3 +143,16 @@ def test_a_recipe_is_frozen() -> None:
     recipe = HeadRecipe(base="b", output="o", max_steps=1, experts={"a": "x"}, data={"a": "y"})
     with pytest.raises(ValueError, match="frozen"):
         recipe.max_steps = 2
+
+
+def test_a_key_twice_is_refused(project: Path) -> None:
+    path = head_file(project)
+    path.write_text(path.read_text() + "data: {up: up.jsonl}\n")
+    with pytest.raises(RecipeError, match=r"expected YAML, found key 'data' twice"):
+        load_head_recipe(path)
+
+
+def test_off_is_a_word_here(project: Path) -> None:
+    path = head_file(project)
+    path.write_text(path.read_text() + "soft_labels: off\n")
+    assert load_head_recipe(path).soft_labels == "off"

@@ -37,7 +37,7 @@ def head_record() -> dict[str, Any]:
             "data": {name: {"files": [f"{name}.jsonl"], "expert": None, "weight": None} for name in DOMAINS},
             "valid": {name: [f"{name}-valid.jsonl"] for name in DOMAINS},
         },
-        "right_experts": {name: name for name in DOMAINS},
+        "meaning": {"right_experts": {name: name for name in DOMAINS}},
         "versions": {"xloom": "0.9.1", "torch": "2.0"},
         "machine": {"device": "cpu", "processes": 1},
         "seconds": 123.4,
@@ -200,10 +200,10 @@ def test_no_gap_is_no_share_of_it(own: float, tmp_path: Path) -> None:
 
 
 def test_the_own_expert_is_the_one_that_the_record_names() -> None:
-    record = changed(head_record(), right_experts={"salts": "alloys"})
+    record = changed(head_record(), meaning={"right_experts": {"salts": "alloys"}})
     standing = {s.domain: s for s in Facts(record).standings}["salts"]
     assert (standing.expert, standing.own) == ("alloys", 4.0)
-    nobody = changed(head_record(), right_experts={"salts": None})
+    nobody = changed(head_record(), meaning={"right_experts": {"salts": None}})
     assert {s.domain: s.own for s in Facts(nobody).standings}["salts"] is None
 
 

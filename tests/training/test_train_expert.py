@@ -129,3 +129,16 @@ def test_with_its_bar(project: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert shown.out == ""
     assert "up: 24 rows; validation: 6 rows" in shown.err
     assert "12/12" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ("targets: [q_proj, vproj]", r"lora.targets: expected modules of the base, found 'vproj'"),
+        ("layers_to_transform: [1, 99]", r"lora.layers_to_transform: expected layers of the base, found 99"),
+    ],
+)
+def test_targets_that_the_base_has_not_are_named(project: Path, lora: str, message: str) -> None:
+    recipe = recipe_in(project, RECIPE.replace("lora: {r: 4, dropout: 0.1}", f"lora: {{{lora}}}"))
+    with pytest.raises(RecipeError, match=message):
+        train_expert(recipe, progress=False)

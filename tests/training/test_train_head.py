@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -6,12 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tiny import tiny_base
+from tiny import make_expert, tiny_base
 from toy import tiny_tokenizer, toy_rows, write_rows
 from xloom import XLoraForCausalLM, routers
 from xloom.architecture import decoder_layers
-from xloom.errors import BaseMismatchError, ConfigError
-from xloom.files import read_tensors
+from xloom.errors import BaseMismatchError, CheckpointError, ConfigError, RecipeError
+from xloom.files import read_tensors, write_tensors
 from xloom.training import head as training_head
 from xloom.training import objective
 from xloom.training.data import Example, read_examples
@@ -208,6 +209,8 @@ def test_statistics_are_those_of_what_the_head_reads(
 def test_what_does_not_fit_is_named_before_training(project: Path, experts: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="adapts 7 modules below gate_at_layer=2"):
         train_head(head_recipe(project, experts, head={"gate_at_layer": 2}), progress=False)
+    recipe = head_recipe(project, experts, head={"gate_at_layer": 2}, drop_sites_below_gate=True, max_steps=2)
+    assert all(".2." in site for site in XLoraForCausalLM.from_pretrained(train_head(recipe, progress=False)).sites)
 
 
 # --- without labels, and the other terms ---
@@ -252,7 +255,9 @@ def test_soft_labels_are_the_experts_posterior(project: Path, experts: dict[str,
             logits = model(ids, use_cache=False).logits[0, start - 1 : -1]
         sums.append(-torch.log_softmax(logits, dim=-1).gather(1, ids[0, start:, None]).sum())
     likelihood = torch.exp(-torch.stack(sums))
-    torch.testing.assert_close(trainer.soft[example.input_ids], likelihood / likelihood.sum(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        trainer.soft[example.input_ids, example.completion_start], likelihood / likelihood.sum(), rtol=1e-3, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("kind", ["balance", "entropy"])
@@ -383,7 +388,7 @@ def test_what_the_record_tells(project: Path, experts: dict[str, str]) -> None:
         assert sum(use.values()) == pytest.approx(1.0, abs=1e-5)
     assert set(record["entropy"]) == {"up", "down"}
     assert (project / "model" / "report.html").is_file()
-    assert (project / "model" / "report.md").is_file()
+    assert "| domain | base | uniform | own expert | this model |" in (project / "model" / "report.md").read_text()
 
 
 def test_what_does_not_fit_shows_before_the_base_is_loaded(
@@ -396,3 +401,96 @@ def test_what_does_not_fit_shows_before_the_base_is_loaded(
     with pytest.raises(BaseMismatchError, match=r"expert 'up' .*: made for another base: module .* maps 32 to 32"):
         train_head(head_recipe(project, experts, base=str(project / "other")), progress=False)
     assert not (project / "model.work").exists()
+
+
+# --- what makes a run another one ---
+
+
+@pytest.mark.parametrize("change", ["order of experts", "order of data", "null", "base"])
+def test_a_run_that_means_something_else_is_not_the_same(
+    project: Path, experts: dict[str, str], change: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(project / "base", project / "own")
+    recipe = head_recipe(project, experts, max_steps=2, valid={}, base=str(project / "own"))
+    train_head(recipe, progress=False)
+    train_head(recipe)
+    assert "trained already" in capsys.readouterr().err
+    other = recipe.model_dump(exclude_unset=True)
+    if change == "base":
+        weights = read_tensors(project / "own" / "model.safetensors")
+        write_tensors(project / "own" / "model.safetensors", {k: v * 1.1 for k, v in weights.items()})
+    elif change == "null":
+        other["data"]["up"]["expert"] = None
+    else:
+        key = change.removeprefix("order of ")
+        other[key] = dict(reversed(other[key].items()))
+    folder = train_head(HeadRecipe(**other))
+    shown = capsys.readouterr().err
+    assert "training again, for what changed" in shown
+    if change == "order of experts":
+        assert XLoraForCausalLM.from_pretrained(folder).experts == ("down", "up")
+
+
+def test_an_output_that_would_swallow_something_is_refused(project: Path, experts: dict[str, str]) -> None:
+    up = shutil.copytree(experts["up"], project / "up")
+    with pytest.raises(RecipeError, match=r"output: expected another folder than that of experts.up"):
+        train_head(head_recipe(project, experts | {"up": str(up)}, output=str(up)), progress=False)
+    with pytest.raises(RecipeError, match=r"output: expected a new folder, or one of an earlier head, found an expert"):
+        train_head(head_recipe(project, experts, output=str(up)), progress=False)
+    with pytest.raises(RecipeError, match=r"output: expected a folder, found the file .*up.jsonl"):
+        train_head(head_recipe(project, experts, output=str(project / "up.jsonl")), progress=False)
+    assert (up / "adapter_model.safetensors").is_file()
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    project: Path, experts: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (project / "file").write_text("")
+    monkeypatch.setenv("XLOOM_CACHE", str(project / "file" / "x"))
+    with pytest.raises(CheckpointError, match=r"file/x/rows: cannot be written: Not a directory \(see XLOOM_CACHE"):
+        train_head(head_recipe(project, experts), progress=False)
+
+
+def test_the_same_text_with_another_completion_has_losses_of_its_own(project: Path, experts: dict[str, str]) -> None:
+    found = []
+    for number, cut in enumerate((3, 6, 3)):
+        text = "abcdefghij"
+        write_rows(project / "cut.jsonl", [{"prompt": text[:cut], "completion": text[cut:]}])
+        changes = {"valid": {"up": str(project / "cut.jsonl")}, "max_steps": 1, "output": str(project / f"m{number}")}
+        found.append(record_of(train_head(head_recipe(project, experts, **changes), progress=False))["references"])
+    assert found[0] == found[2]
+    assert found[0]["base"]["loss"] != pytest.approx(found[1]["base"]["loss"], rel=1e-3)
+
+
+def test_a_head_without_softmax_has_no_entropy(project: Path, experts: dict[str, str]) -> None:
+    folder = train_head(head_recipe(project, experts, head={"enable_softmax": False}, max_steps=3), progress=False)
+    assert record_of(folder)["entropy"] == {}
+    assert "NaN" not in (folder / "training.json").read_text()
+
+
+@pytest.mark.parametrize("kind", [{"use_dora": True}, {"lora_bias": True}])
+def test_experts_of_different_kinds_are_trained_together(
+    project: Path, experts: dict[str, str], kind: dict[str, bool]
+) -> None:
+    base = tiny_base("llama")
+    other = make_expert(base, project / "other", r=2, target_modules=["q_proj"], **kind)
+    for name, paths in (("a", {"up": experts["up"], "down": other}), ("b", {"up": other, "down": experts["down"]})):
+        folder = train_head(head_recipe(project, paths, max_steps=2, output=str(project / name)), progress=False)
+        assert XLoraForCausalLM.from_pretrained(folder).experts == ("up", "down")
+
+
+def test_a_quantised_base_comes_back_quantised(project: Path, experts: dict[str, str]) -> None:
+    pytest.importorskip("bitsandbytes", reason="quantised bases need the extra 'quantised'")
+    folder = train_head(head_recipe(project, experts, quantisation="4bit", max_steps=4), progress=False)
+    model = XLoraForCausalLM.from_pretrained(folder)
+    assert "Linear4bit" in {type(site.base).__name__ for site in model.mixture.sites}
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    sums = [0.0, 0]
+    for name in ("up", "down"):
+        for example in read_examples({name: [project / f"{name}-valid.jsonl"]}, tokenizer, 512).items:
+            ids = torch.tensor([example.input_ids])
+            with torch.no_grad():
+                losses = objective.token_losses(model(ids, use_cache=False).logits, ids)
+            sums[0] += losses[0, example.completion_start - 1 :].sum().item()
+            sums[1] += example.completion_tokens
+    assert sums[0] / sums[1] == pytest.approx(record_of(folder)["validation"]["loss"], rel=2e-3)

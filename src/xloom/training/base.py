@@ -1,18 +1,22 @@
 """How a recipe's frozen base and its tokenizer are loaded, quietly."""
 
+import hashlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from xloom.errors import MissingExtraError, NotFoundError
 from xloom.suite.base_model import resolve_base
 from xloom.training.recipe import Recipe
+
+_SAMPLE = 2**20  # bytes
 
 
 def base_options(recipe: Recipe) -> dict[str, Any]:
@@ -47,12 +51,36 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(resolve_base(source))
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [""])[0]
-        raise NotFoundError(f"base model {source}: no tokenizer within reach ({reason})") from None
+        raise NotFoundError(
+            f"base model {source}: no such folder or hub repository, or it has no tokenizer ({reason})"
+        ) from None
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Any id will do: what is padded is masked and has no labels."""
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def base_identity(recipe: Recipe) -> str:
+    """Tells whether the base is still the same: a hash of a local one, the commit of one on the hub.
+
+    Of large files, whose every part training changes, a megabyte at sixteen places is read.
+    """
+    where = resolve_base(recipe.base_source)
+    folder = Path(where)
+    if not folder.is_dir():
+        return str(getattr(AutoConfig.from_pretrained(where), "_commit_hash", None) or where)
+    found = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in (".json", ".safetensors", ".gguf"):
+            continue
+        size = path.stat().st_size
+        found.update(f"{path.name}:{size};".encode())
+        with path.open("rb") as file:
+            for start in range(0, size, max(_SAMPLE, size // 16)):
+                file.seek(start)
+                found.update(file.read(_SAMPLE))
+    return found.hexdigest()
 
 
 @contextmanager

@@ -18,9 +18,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from xloom.errors import ConfigError, DataError, PromptError, names
+from xloom.training.objective import IGNORED
 from xloom.training.rows import Row, Source, read_rows
 
-IGNORED = -100  # a label that takes no part in the loss
 _ROWS_AT_ONCE = 1000
 
 
@@ -124,13 +124,12 @@ def tokenise_all(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> Ite
                 yield _bounded(row, prompt, whole, tokenizer)
 
 
-def collate(examples: Sequence[Example], pad_id: int, expert_of: Mapping[str, int] = {}) -> dict[str, Any]:
+def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Any]:
     """A batch, padded on the left.
 
     Returns:
         input_ids, attention_mask, position_ids [B, T]; labels [B, keep]: the last `keep` tokens, IGNORED before the
-        completion; keep: the longest completion and one more, whose logits predict it; expert [B]: `expert_of` the
-        row's domain, IGNORED where it is not in there.
+        completion; keep: the longest completion and one more, whose logits predict it.
     """
     longest = max(len(e.input_ids) for e in examples)
     keep = max(e.completion_tokens for e in examples) + 1
@@ -148,7 +147,6 @@ def collate(examples: Sequence[Example], pad_id: int, expert_of: Mapping[str, in
         "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
         "labels": labels,
         "keep": keep,
-        "expert": torch.tensor([IGNORED if e.domain is None else expert_of.get(e.domain, IGNORED) for e in examples]),
     }
 
 

@@ -57,7 +57,7 @@ def train_expert(recipe: ExpertRecipe, *, progress: bool = True) -> Path:
         train(trainer, checkpoint)
         with model.disable_adapter():
             references = {"references": {"base": trainer.measure()}} if valid.items else {}
-        results = {"kind": "expert", "rows": rows_record(rows, valid), **trainer.summary(), **references}
+        results = {"rows": rows_record(rows, valid), **trainer.summary(), **references}
         return run.publish(lambda folder: _write(model, recipe, results, folder), results)
 
 
@@ -89,6 +89,7 @@ def _adapted(base: PreTrainedModel, recipe: ExpertRecipe) -> PeftModel:
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise RecipeError(f"{recipe.where}: lora: expected targets and layers of the base, found: {reason}") from None
+    _check_all_found(model, recipe)
     # The recipe's own word: a path of this machine would mean nothing elsewhere.
     model.peft_config["default"].base_model_name_or_path = recipe.base
     return model
@@ -103,6 +104,18 @@ def _targets(base: PreTrainedModel, lora: Lora) -> str | list[str]:
     linear = (nn.Linear, Conv1D)
     found = {name.rpartition(".")[2] for name, m in base.base_model.named_modules() if isinstance(m, linear)}
     return sorted(found)
+
+
+def _check_all_found(model: PeftModel, recipe: ExpertRecipe) -> None:
+    """PEFT passes over names and layers that the base has not, as long as it finds one."""
+    found = [f".{name}" for name in model.base_model.targeted_module_names]
+    words = recipe.lora.targets if recipe.lora.targets != "all-linear" else ()
+    for word in words:
+        if not any(name.endswith(f".{word}") for name in found):
+            recipe.refuse("lora.targets", "modules of the base", repr(word))
+    for layer in recipe.lora.layers_to_transform or ():
+        if not any(f".{layer}." in name for name in found):
+            recipe.refuse("lora.layers_to_transform", "layers of the base", str(layer))
 
 
 def _write(model: PeftModel, recipe: ExpertRecipe, results: dict[str, Any], folder: Path) -> None:

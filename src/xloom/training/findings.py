@@ -51,7 +51,7 @@ class Facts:
 
     def __init__(self, record: Mapping[str, Any]) -> None:
         self.recipe = mapping(record.get("recipe"))
-        self.right_experts = mapping(record.get("right_experts"))
+        self.right_experts = mapping(mapping(record.get("meaning")).get("right_experts"))
         self.is_head = record.get("kind", "head" if "experts" in self.recipe else "expert") == "head"
         self.scalars = numbers(record)
         self.stopped_early = record.get("stopped_early") is True

@@ -9,7 +9,8 @@ Letters: B batch  T tokens  D hidden size  S sites  N experts  C columns of the 
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
@@ -19,12 +20,15 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from xloom.architecture import meta_base
 from xloom.config import XLoraConfig
+from xloom.errors import CheckpointError, XLoomError
 from xloom.experts import CONFIG_FILE, WEIGHTS_FILE, Expert
 from xloom.files import fetch_folder
 from xloom.model import XLoraForCausalLM
 from xloom.routers import HiddenStateRouter, XLora
+from xloom.suite.fetch import cache_dir
 from xloom.training import processes
 from xloom.training.base import base_options, load_tokenizer, pad_id, quiet
+from xloom.training.checkpoint import why
 from xloom.training.data import Example, Examples, plan_batches, read_examples, rows_record
 from xloom.training.loop import CompletionTrainer, Settings, train
 from xloom.training.objective import (
@@ -67,9 +71,7 @@ def train_head(recipe: HeadRecipe, *, progress: bool = True) -> Path:
     if run.finished():
         return run.output
     experts = {name: Expert.from_pretrained(source) for name, source in sources.items()}
-    with quiet():
-        # Everything that can be wrong between base, experts and head shows here, before the base is loaded.
-        XLoraForCausalLM.from_experts(meta_base(recipe.base_source), experts, **recipe.head_fields())
+    _try_on(recipe, experts)
     checkpoint = run.open()
     with quiet(), run.bar() as callbacks:
         tokenizer = load_tokenizer(recipe.base_source)
@@ -77,23 +79,32 @@ def train_head(recipe: HeadRecipe, *, progress: bool = True) -> Path:
         run.say(f"{run.output.name}: {rows}" + (f"; validation: {valid}" if recipe.valid else ""))
         set_seed(recipe.seed)
         model = XLoraForCausalLM.from_experts(
-            recipe.base_source, experts, **base_options(recipe), **recipe.head_fields()
+            recipe.base_source, experts, **base_options(recipe), **recipe.mixing_options()
         )
         trainer = HeadTrainer(
             model, run.settings(), rows, valid, recipe=recipe, pad_id=pad_id(tokenizer), callbacks=callbacks
         )
-        trainer.prepare(run, _expert_ids(run, model.experts))
+        with _naming_cache():
+            trainer.prepare(run, _expert_ids(run, model.experts))
         if checkpoint is None:
             trainer.start_head()
         train(trainer, checkpoint)
-        results = {"kind": "head", "rows": rows_record(rows, valid), "right_experts": recipe.right_experts()}
-        results |= trainer.summary() | trainer.account()
+        results = {"rows": rows_record(rows, valid), **trainer.summary()}
 
         def write(folder: Path) -> None:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
 
         return run.publish(write, results)
+
+
+def _try_on(recipe: HeadRecipe, experts: Mapping[str, Expert]) -> None:
+    """Raises what can be wrong between base, experts and head, before the base's weights are loaded."""
+    try:
+        with quiet():
+            XLoraForCausalLM.from_experts(meta_base(recipe.base_source), experts, **recipe.mixing_options())
+    except XLoomError as error:
+        raise type(error)(f"{recipe.where}: {error}") from None
 
 
 def read_data(recipe: HeadRecipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Examples, Examples]:
@@ -159,7 +170,7 @@ class HeadTrainer(CompletionTrainer):
         }
         self.states: HeadStates | None = None
         self.references: dict[str, dict[str, float]] = {}
-        self.soft: dict[tuple[int, ...], Tensor] = {}
+        self.soft: dict[tuple[tuple[int, ...], int], Tensor] = {}
         self._router = Watched()
         super().__init__(model, settings, train.items, valid.items, **rest)
         self.model.config.__dict__.pop("use_cache", None)  # Trainer writes its own there, which would be saved
@@ -187,7 +198,7 @@ class HeadTrainer(CompletionTrainer):
             states = HeadStates(self.model, base_id, expert_ids)
             rows = [*self.seen, *self.validation]
             needed, limit = states.bytes_of(rows), int(recipe.state_cache_gb * 1e9)
-            if processes.first(lambda: states.store.make_room(needed, limit)):
+            if processes.first(lambda: states.make_room(rows, limit)):
                 self.states = states
                 run.say(f"head states: {len(rows)} rows, {needed / 1e6:,.0f} MB more in {states.store.folder}")
                 with counting(run.console, "head states", len(rows)) as tick:
@@ -208,7 +219,7 @@ class HeadTrainer(CompletionTrainer):
         with counting(run.console, "soft labels", len(unlabelled) * len(self.columns)) as tick:
             for name in self.columns:
                 self.losses.fill(unlabelled, name, recipe.batch_size, self.pad_id, tick)
-        self.soft = {e.input_ids: self._soft_label(e) for e in unlabelled}
+        self.soft = {(e.input_ids, e.completion_start): self._soft_label(e) for e in unlabelled}
 
     def _fill_references(self, run: Run) -> None:
         """Loss per token on the validation rows of the base, of each domain's own expert there, and of a flat mix."""
@@ -266,7 +277,7 @@ class HeadTrainer(CompletionTrainer):
         rows, keep, columns = len(examples), batch["keep"], len(self.columns)
         row_targets, token_targets = torch.zeros(rows, columns), torch.zeros(rows, keep - 1, columns)
         for i, example in enumerate(examples):
-            soft = self.soft.get(example.input_ids) if example.domain not in self.right else None
+            soft = self.soft.get((example.input_ids, example.completion_start))
             if example.domain in self.right:
                 row_targets[i, self.right[example.domain]] = 1.0
             elif soft is not None and soft.ndim == 1:
@@ -332,23 +343,25 @@ class HeadTrainer(CompletionTrainer):
             values = {
                 f"{_USE}{domain}/{name}": use for name, use in zip(self.model.experts, use_N.tolist(), strict=True)
             }
-            values[f"{_ENTROPY}{domain}"] = entropy
+            if self.model.config.enable_softmax or self.model.config.enable_softmax_topk:
+                values[f"{_ENTROPY}{domain}"] = entropy
             if domain in self.right:
                 values["routing_accuracy"] = float(use_N.argmax() == self.right[domain])
             found.update(values)
             counts.update(dict.fromkeys(values, 1))
         return {key: (found[key], counts[key]) for key in counts}
 
-    def account(self) -> dict[str, Any]:
-        """What the mixing does on the validation rows, and what others lose on the same rows."""
+    def summary(self) -> dict[str, Any]:
+        """Beside the loop's: what the mixing does on the validation rows, and what others lose on the same rows."""
+        record = super().summary()
         if not self.validation:
-            return {"validation": {}}
-        found = self.measure()
+            return record
+        found = record["validation"]
         there = {e.domain or "" for e in self.validation}
-        return {
+        return record | {
             "validation": {key: v for key, v in found.items() if not key.startswith((_USE, _ENTROPY))},
             "use": {d: {name: found[f"{_USE}{d}/{name}"] for name in self.model.experts} for d in sorted(there)},
-            "entropy": {d: found[f"{_ENTROPY}{d}"] for d in sorted(there)},
+            "entropy": {d: found[f"{_ENTROPY}{d}"] for d in sorted(there) if f"{_ENTROPY}{d}" in found},
             "references": self.references,
         }
 
@@ -366,6 +379,16 @@ def _weights(sources: dict[str, str]) -> dict[str, Path]:
     folders = {name: fetch_folder(source) for name, source in sources.items()}
     files = {f"{name}/{file}": folders[name] / file for name in folders for file in (CONFIG_FILE, WEIGHTS_FILE)}
     return {f"experts.{name}": path for name, path in files.items() if path.is_file()}
+
+
+@contextmanager
+def _naming_cache() -> Iterator[None]:
+    """What is computed beforehand needs room in the cache."""
+    try:
+        yield
+    except OSError as error:
+        where = "XLOOM_CACHE, which may name another folder"
+        raise CheckpointError(f"{cache_dir() / 'rows'}: cannot be written: {why(error)} (see {where})") from error
 
 
 def _expert_ids(run: Run, names: Sequence[str]) -> dict[str, str]:

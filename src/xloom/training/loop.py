@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import (
     PrinterCallback,
@@ -37,7 +36,8 @@ from xloom.files import read_json, read_tensors
 from xloom.training import checkpoint as files
 from xloom.training import history, processes
 from xloom.training.checkpoint import last_checkpoint
-from xloom.training.data import IGNORED, Example, collate, plan_batches
+from xloom.training.data import Example, collate, plan_batches
+from xloom.training.objective import IGNORED, token_losses
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -64,12 +64,7 @@ class Planned(Dataset[Example]):
 
 def row_losses(logits_BKV: Tensor, labels_BK: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of next-token cross-entropies, and number of tokens, of every row [B]."""
-    logits_BKV = logits_BKV[:, :-1]
-    if logits_BKV.dtype != torch.float64:
-        logits_BKV = logits_BKV.float()
-    wanted_BK = labels_BK[:, 1:]
-    losses_BK = F.cross_entropy(logits_BKV.transpose(1, 2), wanted_BK, ignore_index=IGNORED, reduction="none")
-    return losses_BK.sum(dim=1), (wanted_BK != IGNORED).sum(dim=1)
+    return token_losses(logits_BKV, labels_BK).sum(dim=1), (labels_BK[:, 1:] != IGNORED).sum(dim=1)
 
 
 class CompletionTrainer(Trainer):
@@ -79,7 +74,6 @@ class CompletionTrainer(Trainer):
         model: a causal model, a PEFT model or an `XLoraForCausalLM`.
         settings: `max_steps` and the batch size, over all processes, give the order of rows.
         train, valid: examples; `valid` may be empty.
-        experts: names that a row's domain may be.
 
     Raises:
         ConfigError: the launcher asks for FSDP or DeepSpeed.
@@ -96,10 +90,9 @@ class CompletionTrainer(Trainer):
         valid: Sequence[Example],
         *,
         pad_id: int,
-        experts: Sequence[str] = (),
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        self.pad_id, self.experts = pad_id, tuple(experts)
+        self.pad_id = pad_id
         self.patience = settings.patience
         self.step_totals: dict[str, float] = {}
         self.asked = self.stopping = False  # by a signal here; agreed on by all processes
@@ -128,7 +121,7 @@ class CompletionTrainer(Trainer):
         return plan_batches([len(e.input_ids) for e in train], size, batches, settings.seed)
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Any]:
-        return collate(examples, self.pad_id, {name: i for i, name in enumerate(self.experts)})
+        return collate(examples, self.pad_id)
 
     # --- the loss ---
 

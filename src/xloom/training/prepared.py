@@ -9,6 +9,7 @@ Letters: T tokens  D hidden size  K completion tokens
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,19 @@ from xloom.training.data import Example, collate
 from xloom.training.objective import token_losses
 from xloom.training.store import TensorStore, row_key
 
+_NO_MATTER = {"transformers_version", "architectures", "use_cache"}  # of a config, to what the base computes
 BASE, UNIFORM = "", "*"  # among experts' names, which are never these
 
 
 def base_fingerprint(model: XLoraForCausalLM) -> str:
-    """Tells bases apart by their weights: a hash over names, shapes, types, sums and first values.
+    """Tells bases apart: a hash over their settings, and their tensors' names, shapes, types, sums and first values.
 
     Any change by training changes it; exchanged values within one tensor may not.
     """
     found = hashlib.sha256()
+    settings = model.base.config.to_dict()
+    told = {k: v for k, v in settings.items() if not k.startswith("_") and k not in _NO_MATTER}
+    found.update(json.dumps(told, sort_keys=True, default=str).encode())
     with model.plain_base() as base:
         tensors = [*base.named_parameters(), *base.named_buffers()]
     for name, tensor in tensors:
@@ -62,15 +67,26 @@ class HeadStates:
             "base": base_id,
             "dtype": str(model.dtype),
             "gate_at_layer": config.gate_at_layer,
-            "scaling_pass_value": config.scaling_pass_value,
-            "experts": list(expert_ids.values()) if config.scaling_pass_value != 0 else None,
+            "scaling_pass": None
+            if config.scaling_pass_value == 0
+            else {
+                "value": config.scaling_pass_value,
+                "top_k": config.top_k_lora,
+                "softmax_topk": config.enable_softmax_topk,
+                "weight": config.global_scaling_weight,
+                "experts": list(expert_ids.values()),
+            },
         }
         self.model = model
         self.store = TensorStore(about, root)
 
     def missing(self, examples: Sequence[Example]) -> list[Example]:
         """Those whose states are not here yet, each once."""
-        return _missing(self.store, examples, "")
+        return _missing(self.store, examples, _states_key)
+
+    def make_room(self, examples: Sequence[Example], limit_bytes: int) -> bool:
+        """False if the states of all these cannot be held within the limit."""
+        return self.store.make_room(map(_states_key, examples), self.bytes_of(examples), limit_bytes)
 
     def bytes_of(self, examples: Sequence[Example]) -> int:
         """Room that those need which are not here yet."""
@@ -83,14 +99,14 @@ class HeadStates:
     ) -> None:
         """Computes what is not here yet; `tick` is called for every row."""
         self.model.eval()
-        for rows, batch in _batches(self.store, examples, "", batch_size, pad_id, self.model):
+        for rows, batch in _batches(self.store, examples, _states_key, batch_size, pad_id, self.model):
             states_BTD = self.model.compute_head_states(batch["input_ids"], batch["attention_mask"])
             for row, states_TD in zip(rows, states_BTD, strict=True):
-                self.store.add(row_key(row.input_ids), states_TD[-len(row.input_ids) :])
+                self.store.add(_states_key(row), states_TD[-len(row.input_ids) :])
                 tick()
 
     def __getitem__(self, example: Example) -> Tensor:
-        return self.store[row_key(example.input_ids)]
+        return self.store[_states_key(example)]
 
     def batch(self, examples: Sequence[Example]) -> Tensor:
         """[B, T, D], padded on the left with zeros, as `collate` pads tokens."""
@@ -133,7 +149,7 @@ class ExpertLosses:
         self.model.eval()
         special: dict[str, Router] = {BASE: BaseOnly(), UNIFORM: Uniform()}
         router = special.get(name) or Single(name)
-        for rows, batch in _batches(self.store, examples, self._names[name], batch_size, pad_id, self.model):
+        for rows, batch in _batches(self.store, examples, lambda e: self._key(e, name), batch_size, pad_id, self.model):
             with torch.no_grad(), self.model.routing(router):
                 logits_BKV = self.model(
                     batch["input_ids"],
@@ -144,25 +160,37 @@ class ExpertLosses:
                 ).logits
             losses_BK = token_losses(logits_BKV, batch["labels"])
             for row, losses_K in zip(rows, losses_BK, strict=True):
-                self.store.add(row_key(row.input_ids, self._names[name]), losses_K[-row.completion_tokens :])
+                self.store.add(self._key(row, name), losses_K[-row.completion_tokens :])
                 tick()
 
     def of(self, example: Example, name: str) -> Tensor:
-        return self.store[row_key(example.input_ids, self._names[name])]
+        return self.store[self._key(example, name)]
+
+    def _key(self, example: Example, name: str) -> str:
+        return row_key(example.input_ids, f"{self._names[name]} from {example.completion_start}")
 
 
-def _missing(store: TensorStore, examples: Sequence[Example], name: str) -> list[Example]:
-    by_key = {row_key(e.input_ids, name): e for e in examples}
-    return [by_key[key] for key in store.missing(by_key)]
+def _states_key(example: Example) -> str:
+    return row_key(example.input_ids)
+
+
+def _missing(store: TensorStore, examples: Sequence[Example], key: Callable[[Example], str]) -> list[Example]:
+    by_key = {key(e): e for e in examples}
+    return [by_key[name] for name in store.missing(by_key)]
 
 
 def _batches(
-    store: TensorStore, examples: Sequence[Example], name: str, batch_size: int, pad_id: int, model: XLoraForCausalLM
+    store: TensorStore,
+    examples: Sequence[Example],
+    key: Callable[[Example], str],
+    batch_size: int,
+    pad_id: int,
+    model: XLoraForCausalLM,
 ) -> Iterator[tuple[Sequence[Example], Mapping[str, Any]]]:
     """Batches of what the store lacks, of similar lengths, shared among the processes; then the store is whole."""
     size = 1 if model.device.type == "cpu" else batch_size
-    missing = sorted(_missing(store, examples, name), key=lambda e: len(e.input_ids))
-    processes.gather(None)  # from here on the store grows
+    # One process decides what is missing: another run may be adding to the same store.
+    missing = processes.first(lambda: sorted(_missing(store, examples, key), key=lambda e: len(e.input_ids)))
     shared = [missing[start : start + size] for start in range(0, len(missing), size)]
     for part in shared[processes.index() :: processes.count()]:
         batch = collate(part, pad_id)

@@ -11,7 +11,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
@@ -29,6 +29,10 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _off(value: Any) -> Any:
+    return "off" if value is False else value  # which is what YAML takes the word for
+
+
 def _check_targets(value: Any) -> Any:
     if value == "all-linear" or (isinstance(value, list) and value and all(isinstance(v, str) for v in value)):
         return value
@@ -37,6 +41,7 @@ def _check_targets(value: Any) -> Any:
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Layer = Annotated[int, Field(strict=True, ge=0)]
 Weight = Annotated[float, Field(ge=0)]
 Word = Annotated[str, Field(min_length=1)]
 Paths = Annotated[tuple[Word, ...], BeforeValidator(_as_list), Field(min_length=1)]
@@ -66,7 +71,7 @@ class Lora(BaseModel):
     targets: Targets = "all-linear"
     use_rslora: bool = False
     use_dora: bool = False
-    layers_to_transform: tuple[Annotated[int, Field(strict=True, ge=0)], ...] | None = None
+    layers_to_transform: Annotated[tuple[Layer, ...], Field(min_length=1)] | None = None
 
 
 class Domain(BaseModel):
@@ -131,6 +136,7 @@ class Recipe(_Checked):
     gradient_accumulation: Count = 1
     gradient_checkpointing: bool = False
 
+    kind: ClassVar[str]  # of what is made
     _file: Path | None = PrivateAttr(default=None)
 
     @property
@@ -160,6 +166,10 @@ class Recipe(_Checked):
         """Every data file, by the key that names it."""
         raise NotImplementedError
 
+    def meaning(self) -> dict[str, Any]:
+        """What decides the result beside the fields' values: orders, and what follows from fields left out."""
+        return {}
+
     def check(self) -> None:
         """Raises RecipeError for whatever would stop the run: files that are missing, keys that contradict."""
         if not self.path(self.base).is_dir() and not _NAME_OR_HUB_ID.fullmatch(self.base):
@@ -183,9 +193,15 @@ class Recipe(_Checked):
 class ExpertRecipe(Recipe):
     """One LoRA expert from JSONL files. The other fields are those of `Recipe`."""
 
+    kind = "expert"
     train: Paths
     valid: Paths | None = None
     lora: Lora = Lora()
+
+    def check(self) -> None:
+        super().check()
+        if self.quantisation == "8bit" and self.lora.use_dora:
+            self.refuse("lora.use_dora", "false with an 8-bit base (bitsandbytes), or quantisation: 4bit", "true")
 
     def data_files(self) -> dict[str, tuple[str, ...]]:
         return {"train": self.train} | ({"valid": self.valid} if self.valid else {})
@@ -211,9 +227,11 @@ class HeadRecipe(Recipe):
         start_temperature: of the head's softmax at the first step, going down geometrically to
             `head.softmax_temperature`; None keeps it there throughout.
         experts_learning_rate: trains the experts along with the head, at this rate.
+        drop_sites_below_gate: with `head.gate_at_layer`, cut what experts adapt below it instead of refusing them.
         state_cache_gb: room on disk for what the head reads of each row; 0 computes it anew in every step.
     """
 
+    kind = "head"
     experts: dict[str, str]
     data: Annotated[Domains, Field(min_length=1)]
     valid: dict[str, Paths] = {}
@@ -222,17 +240,22 @@ class HeadRecipe(Recipe):
     init: Literal["zero", "random", "arrow"] = "zero"
     learning_rate: Annotated[float, Field(gt=0)] = 5e-3
     routing_weight: Weight = 1.0
-    soft_labels: Literal["row", "token", "off"] = "row"
+    soft_labels: Annotated[Literal["row", "token", "off"], BeforeValidator(_off)] = "row"
     soft_temperature: Annotated[float, Field(gt=0)] = 1.0
     balance_weight: Weight = 0.0
     entropy_weight: Weight = 0.0
     start_temperature: Annotated[float, Field(gt=0)] | None = None
     experts_learning_rate: Annotated[float, Field(gt=0)] | None = None
     state_cache_gb: Weight = 10.0
+    drop_sites_below_gate: bool = False
 
     def data_files(self) -> dict[str, tuple[str, ...]]:
         train = {f"data.{name}": domain.files for name, domain in self.data.items()}
         return train | {f"valid.{name}": files for name, files in self.valid.items()}
+
+    def meaning(self) -> dict[str, Any]:
+        orders = {"order of experts": list(self.experts), "order of data": list(self.data)}
+        return orders | {"right_experts": self.right_experts()}
 
     def right_experts(self) -> dict[str, str]:
         """The right expert by domain, for the domains that have one."""
@@ -247,6 +270,10 @@ class HeadRecipe(Recipe):
         """The fields of `XLoraConfig` that the model is made with."""
         return self.head | ({"use_trainable_adapters": True} if self.experts_learning_rate else {})
 
+    def mixing_options(self) -> dict[str, Any]:
+        """What `from_experts` takes beside the base and the experts."""
+        return self.head_fields() | {"drop_sites_below_gate": self.drop_sites_below_gate}
+
     def expert_source(self, name: str) -> str:
         """An expert's folder as an absolute path, or its hub id as it is."""
         folder = self.path(self.experts[name])
@@ -256,6 +283,8 @@ class HeadRecipe(Recipe):
         super().check()
         self._check_head()
         for name, word in self.experts.items():
+            if self.path(word).resolve() == self.output_folder.resolve():
+                self.refuse("output", f"another folder than that of experts.{name}", self.output)
             try:
                 fetch_folder(self.expert_source(name))
             except XLoomError as error:
@@ -290,8 +319,9 @@ class HeadRecipe(Recipe):
             self.refuse("head.use_trainable_adapters", "experts_learning_rate, which trains the experts", "none")
         if config.use_trainable_adapters and self.dtype != "float32":
             self.refuse("dtype", "float32 where experts are trained", self.dtype)
-        if self.start_temperature and not config.enable_softmax:
-            self.refuse("start_temperature", "a head with enable_softmax", "enable_softmax: false")
+        for key in ("start_temperature", "init") if not config.enable_softmax else ():
+            if getattr(self, key) not in (None, "zero", "random"):
+                self.refuse(key, "a head with enable_softmax", "enable_softmax: false")
 
 
 def load_expert_recipe(path: str | Path) -> ExpertRecipe:
@@ -304,9 +334,20 @@ def load_head_recipe(path: str | Path) -> HeadRecipe:
     return _load(HeadRecipe, Path(path))
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML takes the last of equal keys without a word; here they are refused."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1 and key != "<<"]
+        if twice:
+            raise yaml.YAMLError(f"key {twice[0]!r} twice, the second time in or after line {node.start_mark.line + 1}")
+        return super().construct_mapping(node, deep)
+
+
 def _load(kind: type[_R], path: Path) -> _R:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_EachKeyOnce)
     except OSError as error:
         raise RecipeError(f"{path}: expected a recipe, found {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -331,9 +372,8 @@ def _one_line(kind: type[BaseModel], problem: Mapping[str, Any]) -> str:
         return f"unknown key {key!r}{_nearest(str(loc[-1]), known.model_fields)}"
     if problem["type"] == "missing":
         return f"{key}: expected a value, found nothing"
-    expected = (
-        problem["msg"].removeprefix("Value error, ").removeprefix("Input should ").removeprefix("String should have ")
-    )
+    expected = problem["msg"].removeprefix("Value error, ").removeprefix("Input should ")
+    expected = re.sub(r"^(String|Tuple|Value) should have (.*?)( after validation.*)?$", r"\2", expected)
     expected = expected.removeprefix("be ")
     expected = {"a valid tuple": "a list", "a valid dictionary": "keys with values"}.get(expected, expected)
     if expected.startswith("a valid dictionary or instance of Domain"):

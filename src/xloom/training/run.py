@@ -27,6 +27,7 @@ from xloom import __version__
 from xloom.errors import CheckpointError, NotFoundError, TruncatedFileError, names
 from xloom.files import new_folder, read_json, write_json
 from xloom.training import processes
+from xloom.training.base import base_identity
 from xloom.training.checkpoint import clear_leftovers, disk_errors, last_checkpoint, step_of, sync_folder, why
 from xloom.training.loop import Settings
 from xloom.training.progress import Curves, ProgressBar
@@ -52,10 +53,22 @@ class Run:
         sources |= {name: Source(path) for name, path in inputs.items()}
         self.identity: dict[str, Any] = {
             "recipe": recipe.model_dump(mode="json"),
-            "sha256": {name: fingerprint(source) for name, source in sources.items()},
+            "meaning": recipe.meaning(),
+            "sha256": {"base": base_identity(recipe)} | {name: fingerprint(s) for name, s in sources.items()},
         }
+        if self.output.exists() and not self.output.is_dir():
+            recipe.refuse("output", "a folder", f"the file {self.output}")
+        if self._old_kind() not in (None, recipe.kind):
+            recipe.refuse("output", f"a new folder, or one of an earlier {recipe.kind}", f"an {self._old_kind()}")
         if self.output.is_dir() and any(self.output.iterdir()) and not (self.output / RECORD).is_file():
             recipe.refuse("output", f"a new folder, or one with {RECORD}", f"other files in {self.output}")
+
+    def _old_kind(self) -> str | None:
+        """What an earlier run made in the output folder."""
+        try:
+            return str(read_json(self.output / RECORD).get("kind") or "") or None
+        except (NotFoundError, TruncatedFileError, OSError):
+            return None
 
     def finished(self) -> bool:
         """True, and said so, if the output is there and of the very same run."""
@@ -113,7 +126,7 @@ class Run:
                 write(folder)
             if (self.work / LOGS).is_dir():
                 shutil.copytree(self.work / LOGS, folder / LOGS)
-            record = {**self.identity, **results, **self._circumstances()}
+            record = {"kind": self.recipe.kind, **self.identity, **results, **self._circumstances()}
             write_json(folder / RECORD, record)
             write_report(record, folder)
             sync_folder(folder)

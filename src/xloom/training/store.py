@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from xloom.files import write_json, write_tensors
 from xloom.suite.fetch import cache_dir
 
 _SHARD_BYTES = 64 * 2**20
+_IN_USE_SECONDS = 600.0
 
 
 def row_key(input_ids: Iterable[int], name: str = "") -> str:
@@ -44,13 +46,13 @@ class TensorStore:
         self._shard_of: dict[str, Any] = {}
         self._waiting: dict[str, Tensor] = {}
         self._waiting_bytes = 0
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.refresh()
         if not (self.folder / "about.json").is_file():
             write_json(self.folder / "about.json", dict(about))
-        self.refresh()
 
     def refresh(self) -> None:
         """Sees what other processes have added; marks the store as used."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         os.utime(self.folder)
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
@@ -86,6 +88,7 @@ class TensorStore:
         digest = hashlib.sha1("".join(sorted(self._waiting)).encode(), usedforsecurity=False).hexdigest()
         path = self.folder / f"{digest}.safetensors"
         fresh = path.with_suffix(f".{os.getpid()}.new")
+        self.folder.mkdir(parents=True, exist_ok=True)
         try:
             write_tensors(fresh, self._waiting)
             os.replace(fresh, path)
@@ -95,19 +98,44 @@ class TensorStore:
         self._shard_of.update(dict.fromkeys(self._waiting, shard))
         self._waiting, self._waiting_bytes = {}, 0
 
-    def make_room(self, needed_bytes: int, limit_bytes: int) -> bool:
-        """Removes other stores, longest unused first, until this one may grow by so much; False if it never can."""
+    def make_room(self, wanted: Iterable[str], needed_bytes: int, limit_bytes: int) -> bool:
+        """Removes what was longest unused until this store may grow by so much; False, and nothing goes, if it cannot.
+
+        Other stores go first, but for those used within the last minutes (a run may be filling them); then shards here
+        that hold none of the `wanted` names.
+        """
+        names = set(wanted)
+        own = sorted(self.folder.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)
+        kept = {path for path in own if self._holds_any(path, names)}
+        idle = time.time() - _IN_USE_SECONDS
         others = sorted((p for p in self._stores() if p != self.folder), key=lambda p: p.stat().st_mtime)
+        can_go = [p for p in others if p.stat().st_mtime < idle] + [p for p in own if p not in kept]
         total = needed_bytes + sum(map(_size, [self.folder, *others]))
-        while others and total > limit_bytes:
-            oldest = others.pop(0)
-            total -= _size(oldest)
-            shutil.rmtree(oldest, ignore_errors=True)
-        return total <= limit_bytes and needed_bytes < shutil.disk_usage(self.root).free
+        if total - sum(map(_size, can_go)) > limit_bytes or needed_bytes >= shutil.disk_usage(self.root).free:
+            return False
+        for path in can_go:
+            if total <= limit_bytes:
+                break
+            total -= _size(path)
+            self._remove(path)
+        return True
+
+    def _holds_any(self, shard: Path, names: set[str]) -> bool:
+        with safe_open(shard, framework="pt") as file:
+            return not names.isdisjoint(file.keys())
+
+    def _remove(self, path: Path) -> None:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+            return
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                self._shard_of.pop(name, None)
+        path.unlink(missing_ok=True)
 
     def _stores(self) -> Iterator[Path]:
         return (path.parent for path in self.root.glob("*/about.json"))
 
 
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir())
+def _size(path: Path) -> int:
+    return sum(p.stat().st_size for p in path.iterdir()) if path.is_dir() else path.stat().st_size
