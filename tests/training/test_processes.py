@@ -67,11 +67,19 @@ def numbers(value: Any) -> list[float]:
     return [value] if value is not None else []
 
 
-def test_two_processes_train_as_one(project: Path, recipe_file: Callable[..., Path]) -> None:
+def test_two_processes_train_as_one(
+    project: Path, recipe_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     changes = {"max_steps": 6, "eval_every": 3, "early_stopping": 5}
     kinds: dict[str, dict[str, Any]] = {
         "expert": {"gradient_accumulation": 2, "gradient_checkpointing": True},
         "head": {"gradient_accumulation": 2},
+        "soft-head": {
+            "data": {name: {"files": f"{name}.jsonl", "expert": None} for name in ("up", "down")},
+            "soft_labels": "token",
+            "entropy_weight": 0.1,
+            "head": {"null_expert": True, "head_input": "running_mean"},
+        },
         "all-head": {"gradient_checkpointing": True, "head": {"top_k_lora": 1}, "experts_learning_rate": 1e-2},
     }
     alone, together = [], []
@@ -82,11 +90,12 @@ def test_two_processes_train_as_one(project: Path, recipe_file: Callable[..., Pa
     done = launch_runs(project, *together)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("two-head: ") == 1, "one process speaks"
+    monkeypatch.setenv("XLOOM_CACHE", str(project / "own-cache"))  # nothing that the two have computed
     train_expert(load_expert_recipe(alone[0]), progress=False)
     for path in alone[1:]:
         train_head(load_head_recipe(path), progress=False)
     assert_close(project / "two-expert", project / "one-expert", "adapter_model.safetensors")
-    for name in ("head", "all-head"):
+    for name in ("head", "soft-head", "all-head"):
         assert_close(project / f"two-{name}", project / f"one-{name}", "head.safetensors")
     experts = "experts/up/adapter_model.safetensors"
     assert_close(project / "two-all-head", project / "one-all-head", experts)

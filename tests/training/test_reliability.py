@@ -333,7 +333,9 @@ def test_curves_go_on_and_are_kept(
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_ends_as_an_unbroken_run(project: Path, recipe_file: Recipes) -> None:
+def test_killed_again_and_again_ends_as_an_unbroken_run(
+    project: Path, recipe_file: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At random moments; a checkpoint is written at every second step, so that some kills hit one."""
     changes = {"max_steps": 60, "save_every": 2, "eval_every": 10, "gradient_accumulation": 2}
     recipe = load_head_recipe(recipe_file("head", **changes))
@@ -362,5 +364,6 @@ def test_killed_again_and_again_ends_as_an_unbroken_run(project: Path, recipe_fi
     process = start()
     process.join()
     assert process.exitcode == 0
+    monkeypatch.setenv("XLOOM_CACHE", str(project / "own-cache"))  # nothing that the killed ones have computed
     whole = train_head(load_head_recipe(recipe_file("head", "whole", **changes)), progress=False)
     assert_same(project / "out", whole, "head.safetensors")
