@@ -16,7 +16,8 @@ from xloom import XLoraForCausalLM, mixture, routers
 from xloom.errors import ConfigError, NoMatchingSiteError, ScalingsShapeError
 from xloom.experts import Expert, LowRank
 from xloom.fused import frozen_mix
-from xloom.mixture import Mixture, Router, Site, dense_weight, dora_gain
+from xloom.mixture import Mixture, Router, Site, dora_gain
+from xloom.modules import dense_weight
 
 F64 = torch.float64
 

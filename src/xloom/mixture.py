@@ -19,15 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from xloom.errors import (
-    BaseMismatchError,
     ConfigError,
-    ConvolutionError,
     NoMatchingSiteError,
     ScalingsShapeError,
     names,
 )
 from xloom.experts import Expert, LowRank
 from xloom.fused import frozen_mix
+from xloom.modules import check_fit, dense_weight
 
 
 class Router(ABC):
@@ -269,7 +268,7 @@ class Mixture:
         for name, module in homes:
             for label, expert in experts.items():
                 if name in expert.modules:
-                    _check_fit(module, name, expert.modules[name], f"expert {label!r} ({expert.source})")
+                    check_fit(module, name, expert.modules[name], f"expert {label!r} ({expert.source})")
         if not homes:
             raise NoMatchingSiteError(f"no module of the base is adapted by any of the experts {names(experts)}")
         made = []  # all of them before any is put in: a refusal leaves the base as it was
@@ -341,22 +340,6 @@ class Mixture:
         return out
 
 
-def dense_weight(module: nn.Module) -> Tensor:
-    """The weight [O, I] of a linear or embedding module in float32 (float64 stays), whatever it is stored as."""
-    weight: Any = getattr(module, "weight", None)
-    if type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.ndim == 2:
-        plain = _at_least_float32(weight.detach())
-        return plain.T if isinstance(module, nn.Embedding) or _is_conv1d(module) else plain
-    # A quantised weight says what it is by what it does: feed it the unit vectors.
-    in_features, _ = _features(module)
-    device = next((t.device for t in [*module.parameters(), *module.buffers()]), torch.device("cpu"))
-    with torch.no_grad():
-        unit = torch.eye(in_features, device=device)
-        out_IO: Tensor = module(unit).float()
-        bias: Tensor | None = getattr(module, "bias", None)
-        return (out_IO if bias is None else out_IO - bias.float()).T
-
-
 def dora_gain(low: LowRank, weight_OI: Tensor) -> Tensor:
     """m / |W + scale B A|, per output feature [O]; 1 for an expert without DoRA (arXiv 2402.09353, eq. 5)."""
     if low.magnitude_O is None:
@@ -367,46 +350,8 @@ def dora_gain(low: LowRank, weight_OI: Tensor) -> Tensor:
         return gain
 
 
-def _check_fit(module: nn.Module, name: str, low: LowRank, who: str) -> None:
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        raise ConvolutionError(f"{who}: {name} is a convolution, which has no token axis to mix along")
-    if low.is_embedding != isinstance(module, nn.Embedding):
-        wanted = "an Embedding" if low.is_embedding else "a linear module"
-        raise BaseMismatchError(f"{who}: module {name}: expected {wanted}, found {type(module).__name__}")
-    found = _features(module, f"{who}: module {name}")
-    wanted_features = (low.A_RI.shape[1], low.B_OR.shape[0])
-    if found != wanted_features:
-        raise BaseMismatchError(
-            f"{who}: made for another base: module {name} maps {wanted_features[0]} to {wanted_features[1]} features "
-            f"in the expert, {found[0]} to {found[1]} in the base"
-        )
-
-
-def _features(module: Any, where: str = "base") -> tuple[int, int]:
-    """In- and out-features of a module that can carry experts."""
-    if isinstance(module, nn.Embedding):
-        return module.num_embeddings, module.embedding_dim
-    if _is_conv1d(module):
-        return module.nx, module.nf
-    try:
-        return module.in_features, module.out_features
-    except AttributeError:
-        raise BaseMismatchError(
-            f"{where}: a {type(module).__name__} is neither linear nor an embedding and cannot carry experts"
-        ) from None
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D (GPT-2): a linear module that keeps its weight as [I, O]."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
 def _float_dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _or_zeros(tensor: Tensor | None, like: Tensor) -> Tensor:

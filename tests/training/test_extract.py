@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from tiny import make_expert, prompt, tiny_base
 from xloom import XLoraForCausalLM, errors
 from xloom.experts import Expert
-from xloom.mixture import dense_weight
+from xloom.modules import dense_weight
 from xloom.routers import Single
 from xloom.training import extract
 from xloom.training.extract import Extraction, extract_expert, target_sites, truncated_svd

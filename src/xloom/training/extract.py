@@ -35,7 +35,7 @@ from xloom.errors import (
 )
 from xloom.experts import CONFIG_FILE, Expert, LowRank
 from xloom.files import new_folder, write_json
-from xloom.mixture import dense_weight
+from xloom.modules import dense_weight
 from xloom.suite.base_model import resolve_base
 
 RECORD = "extraction.json"
