@@ -1,7 +1,9 @@
 """The command line on a tiny model: what it prints, its exit codes, and that nothing is half-written."""
 
+import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tiny import make_experts, tiny_base
+from tiny import make_expert, make_experts, tiny_base
 from toy import tiny_tokenizer, toy_rows, write_rows
 from xloom import XLoraForCausalLM
 from xloom.cli import main
@@ -240,3 +242,32 @@ def test_interrupted(run, monkeypatch):
     code, out, err = run("generate", "model", "a")
     assert code == 130
     assert "Traceback" not in out + err
+
+
+def test_the_recipes_are_those_of_the_demo(tmp_path):
+    """With the demo's data and experts in place they load, and ask for what the demo does."""
+    from xloom.suite.domains import DOMAINS, DomainFiles
+    from xloom.training.recipe import load_expert_recipe, load_head_recipe
+
+    demo = importlib.import_module("xloom.cli.demo")  # the package has a command of that name
+    shutil.copytree(Path(__file__).parents[2] / "recipes", tmp_path / "recipes")
+    folder, base = tmp_path / "runs" / "demo", tiny_base("llama")
+    for name in DOMAINS:
+        (folder / "data" / name).mkdir(parents=True)
+        for part in ("train", "valid"):
+            write_rows(folder / "data" / name / f"{part}.jsonl", toy_rows("up", 2))
+        make_expert(base, folder / "experts" / name, r=2, target_modules=["q_proj"])
+    parts = ("train", "valid", "test", "card")
+    files = {n: DomainFiles(n, *(folder / "data" / n / f"{part}.jsonl" for part in parts)) for n in DOMAINS}
+    for name in DOMAINS:
+        ours = load_expert_recipe(tmp_path / "recipes" / f"{name}.yaml")
+        theirs = demo._expert_recipe(folder, files[name], 120)
+        for field in ("base", "max_steps", "batch_size", "learning_rate", "lora"):
+            assert getattr(ours, field) == getattr(theirs, field), (name, field)
+    theirs = demo._head_recipe(folder, files, {name: folder / "experts" / name for name in DOMAINS}, 60)
+    for name in ("head", "unlabelled"):
+        ours = load_head_recipe(tmp_path / "recipes" / f"{name}.yaml")
+        for field in ("base", "max_steps", "batch_size", "learning_rate", "head", "routing_weight", "init"):
+            assert getattr(ours, field) == getattr(theirs, field), (name, field)
+        assert ours.right_experts() == {domain: domain for domain in DOMAINS}
+    assert {p.stem for p in (tmp_path / "recipes").iterdir()} == {*DOMAINS, "head", "unlabelled"}

@@ -43,7 +43,7 @@ def run(folder: Path, *, expert_steps: int, head_steps: int, items: int) -> list
     _say(console, 3, f"the head that mixes them, {head_steps} steps; base and experts stay as they are")
     path = train_head(_head_recipe(folder, domains, experts, head_steps))
 
-    held_out = {name: list(read_rows(files.test))[:items] for name, files in domains.items()}
+    held_out = {name: [row for row in read_rows(files.test) if not row.empty][:items] for name, files in domains.items()}
     counts = sorted({len(rows) for rows in held_out.values()})
     _say(console, 4, f"greedy answers to {' to '.join(map(str, counts))} held-out items per domain")
     model = XLoraForCausalLM.from_pretrained(path)
@@ -60,6 +60,7 @@ def run(folder: Path, *, expert_steps: int, head_steps: int, items: int) -> list
         written = write_one(model, tokenizer, ids, Sampling(max_new_tokens=8), console)
         console.print(Text(f"right: {expected(rows[0])}", style="dim"))
         console.print(share_table(written), "")
+    console.print(f"[bold]How the head was trained:[/bold] {_short(path)}/report.html")
     console.print(f"[bold]Yours to use:[/bold] xloom chat {_short(path)}")
     return scores
 
@@ -83,6 +84,8 @@ def _head_recipe(folder: Path, domains: dict[str, DomainFiles], experts: dict[st
         output=str(folder / "model"),
         experts={name: str(path) for name, path in experts.items()},
         data={name: Domain(files=(str(files.train),)) for name, files in domains.items()},
+        valid={name: (str(files.valid),) for name, files in domains.items()},
+        valid_rows=20,
         head={"layerwise_scalings": True},
         max_steps=steps,
         batch_size=8,
