@@ -76,7 +76,7 @@ def load_base(
         model, where = base, base.config._name_or_path or None
     else:
         where = str(base)
-        with _naming_base(where):
+        with naming_base(where):
             model = _from_disk(where, options, kind)
     check_base(model, kind)
     if where is not None and Path(where).is_dir():
@@ -107,12 +107,12 @@ def meta_base(base: str | Path) -> Any:
     Raises:
         NotFoundError, UnsupportedArchitectureError: as `load_base`.
     """
-    with _naming_base(str(base)), torch.device("meta"):
+    with naming_base(str(base)), torch.device("meta"):
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(resolve_base(str(base))))
 
 
 @contextmanager
-def _naming_base(where: str) -> Iterator[None]:
+def naming_base(where: str) -> Iterator[None]:
     """What transformers says when a base cannot be loaded, in one line that names it."""
     try:
         yield

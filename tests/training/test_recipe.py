@@ -112,6 +112,7 @@ def test_problems_of_an_expert_recipe(project: Path, changes: dict[str, object],
          "head.use_trainable_adapters: expected experts_learning_rate, which trains the experts, found none"),
         ({"experts_learning_rate": 1e-3, "dtype": "bfloat16"},
          "dtype: expected float32 where experts are trained, found bfloat16"),
+        ({"drop_sites_below_gate": True}, "drop_sites_below_gate: expected head.gate_at_layer beside it, found none"),
         ({"init": "arrow", "head": {"enable_softmax": False}},
          "init: expected a head with enable_softmax, found enable_softmax: false"),
         ({"start_temperature": 2, "head": {"enable_softmax": False}},
@@ -156,3 +157,20 @@ def test_off_is_a_word_here(project: Path) -> None:
     path = head_file(project)
     path.write_text(path.read_text() + "soft_labels: off\n")
     assert load_head_recipe(path).soft_labels == "off"
+
+
+def test_a_recipe_given_to_the_other_command_says_so(project: Path) -> None:
+    with pytest.raises(RecipeError, match=r"a recipe for a head, found one for an expert: see xloom train-expert$"):
+        load_head_recipe(expert_file(project))
+    with pytest.raises(RecipeError, match=r"expected a recipe for an expert, found one for a head: see xloom train$"):
+        load_expert_recipe(head_file(project))
+
+
+def test_the_record_of_a_recipe_means_the_same_when_it_is_read_again(project: Path) -> None:
+    recipe = load_head_recipe(head_file(project))
+    record = recipe.as_record()
+    assert {name: domain["expert"] for name, domain in record["data"].items()} == {"up": "up", "mixed": None}
+    path = project / "again.yaml"
+    path.write_text(yaml.safe_dump(record, sort_keys=False))
+    again = load_head_recipe(path)
+    assert (again.as_record(), again.meaning()) == (record, recipe.meaning())

@@ -88,31 +88,23 @@ class TrainReport(Report[TrainRow]):
             f"{self.what}: {s['base']}, experts of rank {s['rank']}, {s['dtype']}, {s['batch']} rows of {s['tokens']} "
             f"tokens, loss on the last {s['completion']}"
         )
-        table = Table(title=title, caption=self.caption(), caption_justify="left")
-        for column in ("experts", "system"):
-            table.add_column(column)
-        speed, memory = ("s/step", "quartiles", "x faster", "quartiles", "with fill"), ("peak MB", "step MB")
-        for column in (*speed, *(c for name in memory for c in (name, "of PEFT")), "= PEFT"):
-            table.add_column(column, justify="right")
-        before = None
-        for row in self.rows:
-            if before not in (None, row.experts):
-                table.add_section()
-            before = row.experts
-            table.add_row(
-                str(row.experts),
-                row.system,
-                f"{row.s_per_step:.3f}",
-                f"{row.s_per_step_low:.3f}-{row.s_per_step_high:.3f}",
-                f"{row.ratio_to_peft:.2f}",
-                f"{row.ratio_low:.2f}-{row.ratio_high:.2f}",
-                _shown(row.s_per_step_with_fill, ".3f"),
-                _shown(row.peak_mb, ".0f"),
-                _shown(row.memory_to_peft, ".2f"),
-                _shown(row.step_mb, ".0f"),
-                _shown(row.step_to_peft, ".2f"),
-                "" if row.loss_equal is None else "yes" if row.loss_equal else "NO",
-            )
+        table = Table(title=title, caption=self.caption(), title_justify="left", caption_justify="left", box=None)
+        columns: dict[str, list[str]] = {
+            "experts": [str(row.experts) for row in self.rows],
+            "system": [row.system for row in self.rows],
+            "s/step": [f"{row.s_per_step:.2f}" for row in self.rows],
+            "x faster": [f"{row.ratio_to_peft:.2f}" for row in self.rows],
+            "quartiles": [f"{row.ratio_low:.2f}-{row.ratio_high:.2f}" for row in self.rows],
+            "peak MB": [_shown(row.peak_mb, ".0f") for row in self.rows],
+            "of PEFT": [_shown(row.memory_to_peft, ".2f") for row in self.rows],
+            "in step": [_shown(row.step_mb, ".0f") for row in self.rows],
+            "= PEFT": ["" if row.loss_equal is None else "yes" if row.loss_equal else "NO" for row in self.rows],
+        }
+        there = {name: cells for name, cells in columns.items() if any(cells)}
+        for name in there:
+            table.add_column(name, justify="left" if name == "system" else "right", no_wrap=True)
+        for cells in zip(*there.values(), strict=True):
+            table.add_row(*cells)
         return table
 
 

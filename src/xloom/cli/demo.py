@@ -43,7 +43,9 @@ def run(folder: Path, *, expert_steps: int, head_steps: int, items: int) -> list
     _say(console, 3, f"the head that mixes them, {head_steps} steps; base and experts stay as they are")
     path = train_head(_head_recipe(folder, domains, experts, head_steps))
 
-    held_out = {name: [row for row in read_rows(files.test) if not row.empty][:items] for name, files in domains.items()}
+    held_out = {
+        name: [row for row in read_rows(files.test) if not row.empty][:items] for name, files in domains.items()
+    }
     counts = sorted({len(rows) for rows in held_out.values()})
     _say(console, 4, f"greedy answers to {' to '.join(map(str, counts))} held-out items per domain")
     model = XLoraForCausalLM.from_pretrained(path)

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from xloom.architecture import naming_base
 from xloom.errors import MissingExtraError, NotFoundError
 from xloom.suite.base_model import resolve_base
 from xloom.training.recipe import Recipe
@@ -69,7 +70,8 @@ def base_identity(recipe: Recipe) -> str:
     where = resolve_base(recipe.base_source)
     folder = Path(where)
     if not folder.is_dir():
-        return str(getattr(AutoConfig.from_pretrained(where), "_commit_hash", None) or where)
+        with naming_base(recipe.base):
+            return str(getattr(AutoConfig.from_pretrained(where), "_commit_hash", None) or where)
     found = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix not in (".json", ".safetensors", ".gguf"):

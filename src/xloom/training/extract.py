@@ -34,7 +34,7 @@ from xloom.errors import (
     names,
 )
 from xloom.experts import CONFIG_FILE, Expert, LowRank
-from xloom.files import new_folder, write_json
+from xloom.files import new_folder, read_json, write_json
 from xloom.modules import dense_weight
 from xloom.suite.base_model import resolve_base
 
@@ -305,6 +305,9 @@ def _load(source: str | Path, role: str) -> PreTrainedModel:
     if (Path(source) / CONFIG_FILE).is_file():
         raise UnsupportedArchitectureError(f"{where}: expected a whole model, found a PEFT adapter")
     path = resolve_base(str(source))
+    settings = Path(path) / "config.json"
+    if settings.is_file() and read_json(settings).get("model_type") == "xlora":
+        raise UnsupportedArchitectureError(f"{where}: expected a whole model, found an X-LoRA model of xloom")
     try:
         model, report = AutoModelForCausalLM.from_pretrained(path, dtype="auto", output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

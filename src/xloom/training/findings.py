@@ -182,6 +182,12 @@ def _about_overfitting(facts: Facts) -> Iterator[str]:
 
 def _about_domains(facts: Facts) -> Iterator[str]:
     more = "Give it more rows of that domain, or allow null_expert" if facts.is_head else "Try a lower learning_rate"
+    flat = facts.overall
+    if flat.model is not None and flat.uniform is not None and flat.model > flat.uniform - SEEN:
+        yield (
+            f"The head is no better than mixing all experts alike: loss {flat.model:.3f} against {flat.uniform:.3f}. "
+            "Train longer, or see whether the experts differ on these rows at all."
+        )
     for s in facts.standings or [facts.overall]:
         the = f"In domain {s.domain!r} the" if s.domain else "The"
         if s.model is not None and s.base is not None and s.model > s.base + SEEN:

@@ -72,6 +72,10 @@ def train_head(recipe: HeadRecipe, *, progress: bool = True) -> Path:
         return run.output
     experts = {name: Expert.from_pretrained(source) for name, source in sources.items()}
     _try_on(recipe, experts)
+    for name, expert in experts.items():
+        said = str(expert.config.get("base_model_name_or_path") or "")
+        if said and Path(said).name != Path(recipe.base).name:
+            run.say(f"expert {name}: fits the base in shape, but says that it was trained on {said}")
     checkpoint = run.open()
     with quiet(), run.bar() as callbacks:
         tokenizer = load_tokenizer(recipe.base_source)

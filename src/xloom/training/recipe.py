@@ -166,8 +166,12 @@ class Recipe(_Checked):
         """Every data file, by the key that names it."""
         raise NotImplementedError
 
+    def as_record(self) -> dict[str, Any]:
+        """The fields as JSON values, with what follows from those left out."""
+        return self.model_dump(mode="json")
+
     def meaning(self) -> dict[str, Any]:
-        """What decides the result beside the fields' values: orders, and what follows from fields left out."""
+        """What decides the result beside the fields' values: their order where it counts."""
         return {}
 
     def check(self) -> None:
@@ -253,6 +257,12 @@ class HeadRecipe(Recipe):
         train = {f"data.{name}": domain.files for name, domain in self.data.items()}
         return train | {f"valid.{name}": files for name, files in self.valid.items()}
 
+    def as_record(self) -> dict[str, Any]:
+        record, right = super().as_record(), self.right_experts()
+        for name, domain in record["data"].items():
+            domain["expert"] = right.get(name)
+        return record
+
     def meaning(self) -> dict[str, Any]:
         orders = {"order of experts": list(self.experts), "order of data": list(self.data)}
         return orders | {"right_experts": self.right_experts()}
@@ -319,6 +329,8 @@ class HeadRecipe(Recipe):
             self.refuse("head.use_trainable_adapters", "experts_learning_rate, which trains the experts", "none")
         if config.use_trainable_adapters and self.dtype != "float32":
             self.refuse("dtype", "float32 where experts are trained", self.dtype)
+        if self.drop_sites_below_gate and config.gate_at_layer is None:
+            self.refuse("drop_sites_below_gate", "head.gate_at_layer beside it", "none")
         for key in ("start_temperature", "init") if not config.enable_softmax else ():
             if getattr(self, key) not in (None, "zero", "random"):
                 self.refuse(key, "a head with enable_softmax", "enable_softmax: false")
@@ -354,6 +366,10 @@ def _load(kind: type[_R], path: Path) -> _R:
         raise RecipeError(f"{path}: expected YAML, found {' '.join(str(error).split())}") from None
     if not isinstance(data, Mapping) or not all(isinstance(key, str) for key in data):
         raise RecipeError(f"{path}: expected keys and values, found {type(data).__name__}")
+    if kind is HeadRecipe and {"lora", "train"} & set(data):
+        raise RecipeError(f"{path}: expected a recipe for a head, found one for an expert: see xloom train-expert")
+    if kind is ExpertRecipe and {"experts", "data"} & set(data):
+        raise RecipeError(f"{path}: expected a recipe for an expert, found one for a head: see xloom train")
     try:
         recipe = kind(**data)
     except RecipeError as error:

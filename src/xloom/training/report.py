@@ -129,7 +129,9 @@ def _what_was_done(facts: Facts) -> str:
 def _what_came_out(facts: Facts) -> Iterator[str]:
     end, base = facts.overall.model, facts.overall.base
     if end is not None:
+        flat = facts.overall.uniform
         against = f", against {base:.3f} of the base model alone" if base is not None else ""
+        against += f" and {flat:.3f} of all experts mixed alike" if base is not None and flat is not None else ""
         yield f"Its validation loss per completion token is {end:.3f}{against}."
     closed = [(s.closed, s.domain) for s in facts.standings if s.closed is not None]
     if closed:

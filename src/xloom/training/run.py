@@ -52,7 +52,7 @@ class Run:
         sources = {name: find_source(word, recipe.folder) for name, word in words}
         sources |= {name: Source(path) for name, path in inputs.items()}
         self.identity: dict[str, Any] = {
-            "recipe": recipe.model_dump(mode="json"),
+            "recipe": recipe.as_record(),
             "meaning": recipe.meaning(),
             "sha256": {"base": base_identity(recipe)} | {name: fingerprint(s) for name, s in sources.items()},
         }
@@ -76,7 +76,7 @@ class Run:
 
     def _finished(self) -> bool:
         changed = self._changed(self.output / RECORD)
-        if changed:
+        if changed and self._changed(self.work / "recipe.json") != []:  # else it goes on, and says so
             self.say(f"{self.output}: training again, for what changed: {names(changed)}")
         if changed == []:
             self.say(f"{self.output}: trained already with this recipe and these files")
