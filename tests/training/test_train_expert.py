@@ -142,3 +142,19 @@ def test_targets_that_the_base_has_not_are_named(project: Path, lora: str, messa
     recipe = recipe_in(project, RECIPE.replace("lora: {r: 4, dropout: 0.1}", f"lora: {{{lora}}}"))
     with pytest.raises(RecipeError, match=message):
         train_expert(recipe, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("base", "lora"), [("4bit", {}), ("8bit", {}), ("4bit", {"use_dora": True}), (None, {"use_dora": True})], ids=str
+)
+def test_an_expert_learns_on_a_quantised_base_and_with_dora(
+    project: Path, base: str | None, lora: dict[str, bool]
+) -> None:
+    if base is not None:
+        pytest.importorskip("bitsandbytes", reason="quantised bases need the extra 'quantised'")
+    recipe = recipe_in(project)
+    recipe = recipe.model_copy(update={"quantisation": base, "lora": recipe.lora.model_copy(update=lora)})
+    folder = train_expert(recipe, progress=False)
+    losses = [loss for _, loss in json.loads((folder / "training.json").read_text())["losses"]]
+    assert losses[-1] < 0.6 * losses[0]
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(project / "base"), folder)

@@ -8,12 +8,11 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
 
-from xloom.architecture import check_base
-from xloom.errors import NotFoundError, RecipeError
-from xloom.suite.base_model import resolve_base
+from xloom.architecture import load_base
+from xloom.errors import RecipeError
 from xloom.training.base import base_options, load_tokenizer, pad_id, quiet
 from xloom.training.data import Examples, read_examples, rows_record
 from xloom.training.loop import CompletionTrainer, train
@@ -50,7 +49,7 @@ def train_expert(recipe: ExpertRecipe, *, progress: bool = True) -> Path:
             for words in (recipe.train, recipe.valid)
         )
         run.say(f"{run.output.name}: {rows}" + (f"; validation: {valid}" if recipe.valid else ""))
-        model = _adapted(_load_base(source, recipe), recipe)
+        model = _adapted(load_base(source, base_options(recipe))[0], recipe)
         trainer = CompletionTrainer(
             model, run.settings(), rows.items, valid.items, pad_id=pad_id(tokenizer), callbacks=callbacks
         )
@@ -59,16 +58,6 @@ def train_expert(recipe: ExpertRecipe, *, progress: bool = True) -> Path:
             references = {"references": {"base": trainer.measure()}} if valid.items else {}
         results = {"rows": rows_record(rows, valid), **trainer.summary(), **references}
         return run.publish(lambda folder: _write(model, recipe, results, folder), results)
-
-
-def _load_base(source: str, recipe: ExpertRecipe) -> PreTrainedModel:
-    try:
-        model = AutoModelForCausalLM.from_pretrained(resolve_base(source), **base_options(recipe))
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise NotFoundError(f"base model {recipe.base}: cannot be loaded ({reason})") from None
-    check_base(model)
-    return model
 
 
 def _adapted(base: PreTrainedModel, recipe: ExpertRecipe) -> PeftModel:

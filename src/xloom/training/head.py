@@ -30,7 +30,7 @@ from xloom.training import processes
 from xloom.training.base import base_options, load_tokenizer, pad_id, quiet
 from xloom.training.checkpoint import why
 from xloom.training.data import Example, Examples, plan_batches, read_examples, rows_record
-from xloom.training.loop import CompletionTrainer, Settings, train
+from xloom.training.loop import CompletionTrainer, Settings, loss_names, train
 from xloom.training.objective import (
     cross_entropy,
     entropy_per_row,
@@ -372,7 +372,7 @@ class HeadTrainer(CompletionTrainer):
     def _losses_under(self, name: str, rows: Sequence[Example]) -> dict[str, float]:
         sums: dict[str, list[float]] = {}
         for row in rows:
-            for key in {"loss", f"loss_{row.domain}"}:
+            for key in loss_names(row):
                 total = sums.setdefault(key, [0.0, 0.0])
                 total[0] += self.losses.of(row, name).double().sum().item()
                 total[1] += row.completion_tokens

@@ -67,6 +67,11 @@ def row_losses(logits_BKV: Tensor, labels_BK: Tensor) -> tuple[Tensor, Tensor]:
     return token_losses(logits_BKV, labels_BK).sum(dim=1), (labels_BK[:, 1:] != IGNORED).sum(dim=1)
 
 
+def loss_names(row: Example) -> set[str]:
+    """Under which names a row's loss counts: that of all rows, and that of its domain."""
+    return {"loss", f"loss_{row.domain}" if row.domain else "loss"}
+
+
 class CompletionTrainer(Trainer):
     """Trains what has `requires_grad` on the completions of examples.
 
@@ -209,7 +214,7 @@ class CompletionTrainer(Trainer):
                 sums[name] += total  # type: ignore[assignment]
                 counts[name] += count  # type: ignore[assignment]
             for row, loss, tokens in zip(rows, losses_B.tolist(), tokens_B.tolist(), strict=True):
-                for key in {"loss", f"loss_{row.domain}" if row.domain else "loss"}:
+                for key in loss_names(row):
                     sums[key] += loss
                     counts[key] += tokens
         all_sums, all_counts = processes.totals(sums), processes.totals(counts)
@@ -275,7 +280,7 @@ class CompletionTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Trainer would write the base and a pickle of its settings."""
-        raise NotImplementedError("checkpoints are written by _save_checkpoint")
+        raise RuntimeError("checkpoints are written by _save_checkpoint")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         self.store_flos()

@@ -9,6 +9,7 @@ Knows nothing of models, tokenizers or of what stands in the data files.
 
 import difflib
 import re
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -162,9 +163,9 @@ class Recipe(_Checked):
         folder = self.path(self.base)
         return str(folder) if folder.is_dir() else self.base
 
+    @abstractmethod
     def data_files(self) -> dict[str, tuple[str, ...]]:
         """Every data file, by the key that names it."""
-        raise NotImplementedError
 
     def as_record(self) -> dict[str, Any]:
         """The fields as JSON values, with what follows from those left out."""

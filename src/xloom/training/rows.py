@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from xloom.errors import DataError, MissingExtraError, NotFoundError, names
+from xloom.suite.disk import file_sha256
 
 COLUMNS = ("messages", "prompt", "completion")
 ROLES = ("system", "user", "assistant", "tool")
@@ -118,10 +119,10 @@ def fingerprint(source: Source) -> str:
             total.update(json.dumps(value, sort_keys=True, default=str).encode() + b"\n")
         return total.hexdigest()
     if not source.place.is_dir():
-        return _file_sha256(source.place)
+        return _sha256(source.place)
     inside = {path.relative_to(source.place): path for path in source.place.rglob("*") if path.is_file()}
     seen = {name: path for name, path in inside.items() if not any(part.startswith(".") for part in name.parts)}
-    parts = [[name.as_posix(), _file_sha256(path)] for name, path in sorted(seen.items())]
+    parts = [[name.as_posix(), _sha256(path)] for name, path in sorted(seen.items())]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -231,9 +232,9 @@ def _near(path: Path) -> str | None:
     return next(iter(difflib.get_close_matches(path.name, there, n=1)), None)
 
 
-def _file_sha256(path: Path) -> str:
-    with _reading(path), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(path: Path) -> str:
+    with _reading(path):
+        return file_sha256(path)
 
 
 def _first_line(error: BaseException) -> str:
