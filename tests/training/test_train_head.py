@@ -14,7 +14,7 @@ from xloom.architecture import decoder_layers
 from xloom.errors import BaseMismatchError, CheckpointError, ConfigError, RecipeError
 from xloom.files import read_tensors, write_tensors
 from xloom.training import head as training_head
-from xloom.training import objective
+from xloom.training import head_trainer, objective
 from xloom.training.data import Example, read_examples
 from xloom.training.expert import train_expert
 from xloom.training.head import train_head
@@ -227,7 +227,7 @@ def test_the_experts_own_losses_teach_the_head_where_nobody_labelled_rows(
 ) -> None:
     """Labels turned round on purpose turn the routing round: it is they that teach, not the next-token loss."""
     if turned:
-        monkeypatch.setattr(training_head, "posterior", lambda *args: objective.posterior(*args).flip(-1))
+        monkeypatch.setattr(head_trainer, "posterior", lambda *args: objective.posterior(*args).flip(-1))
     changes = {"data": unlabelled(project), "routing_weight": 10.0, "soft_labels": soft_labels}
     use = record_of(train_head(head_recipe(project, experts, **changes), progress=False))["use"]
     right = {name: use[name][name] for name in ("up", "down")}
@@ -235,16 +235,16 @@ def test_the_experts_own_losses_teach_the_head_where_nobody_labelled_rows(
 
 
 def test_soft_labels_are_the_experts_posterior(project: Path, experts: dict[str, str]) -> None:
-    made: list[training_head.HeadTrainer] = []
+    made: list[head_trainer.HeadTrainer] = []
     recipe = head_recipe(project, experts, data=unlabelled(project), max_steps=1, head={"null_expert": True})
-    original = training_head.HeadTrainer.prepare
+    original = head_trainer.HeadTrainer.prepare
 
-    def watch(self: training_head.HeadTrainer, *args: Any) -> None:
+    def watch(self: head_trainer.HeadTrainer, *args: Any) -> None:
         original(self, *args)
         made.append(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_head.HeadTrainer, "prepare", watch)
+        patch.setattr(head_trainer.HeadTrainer, "prepare", watch)
         train_head(recipe, progress=False)
     (trainer,) = made
     model, example = trainer.model, trainer.seen[0]
@@ -292,9 +292,9 @@ def test_the_softmax_cools_down_to_the_model_s_own_temperature(
     project: Path, experts: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heats: list[float] = []
-    decide = training_head.Watched.decide
+    decide = head_trainer.Watched.decide
     monkeypatch.setattr(
-        training_head.Watched, "decide", lambda self, *args: (heats.append(self.heat), decide(self, *args))[1]
+        head_trainer.Watched, "decide", lambda self, *args: (heats.append(self.heat), decide(self, *args))[1]
     )
     changes = {"start_temperature": 8.0, "head": {"softmax_temperature": 2.0}, "max_steps": 3, "valid": {}}
     train_head(head_recipe(project, experts, **changes), progress=False)
@@ -364,15 +364,15 @@ def test_the_states_are_computed_once_for_all_runs(
 def test_a_weight_draws_rows_more_often(project: Path, experts: dict[str, str]) -> None:
     data = {"up": {"files": str(project / "up.jsonl"), "weight": 3.0}, "down": str(project / "down.jsonl")}
     made: list[int] = []
-    plan = training_head.HeadTrainer.plan
+    plan = head_trainer.HeadTrainer.plan
 
-    def watch(self: training_head.HeadTrainer, train: Any, settings: Any) -> list[int]:
+    def watch(self: head_trainer.HeadTrainer, train: Any, settings: Any) -> list[int]:
         order = plan(self, train, settings)
         made.extend(train[i].domain == "up" for i in order)
         return order
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_head.HeadTrainer, "plan", watch)
+        patch.setattr(head_trainer.HeadTrainer, "plan", watch)
         train_head(head_recipe(project, experts, data=data, max_steps=10, valid={}), progress=False)
     assert len(made) == 40
     assert 29 <= sum(made) <= 31
