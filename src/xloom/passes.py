@@ -296,6 +296,11 @@ class TwoPassModel(PreTrainedModel):
             self.base.base_model(**inputs)
         return seen[0]
 
+    def decide(self, head_states: Tensor, attention_mask: Tensor) -> Tensor:
+        """Scalings [B, T, S, N] of whole rows from `compute_head_states`, by the head and the router in charge."""
+        tokens = (head_states.shape[0], head_states.shape[1])
+        return self._decide(head_states, self._real_tokens(attention_mask, tokens), None).scalings_BTSN
+
     def positions(self, attention_mask: Tensor) -> dict[str, Tensor]:
         """`position_ids` [B, T] of left-padded rows as a keyword, or nothing where the base takes none."""
         if not self._takes_positions:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from xloom.config import XLoraConfig
 from xloom.model import XLoraForCausalLM
-from xloom.routers import HiddenStateRouter, XLora
+from xloom.routers import HiddenStateRouter, Precomputed, XLora
 from xloom.training import processes
 from xloom.training.data import Example, Examples, plan_batches
 from xloom.training.loop import CompletionTrainer, Settings, loss_names
@@ -25,6 +25,7 @@ from xloom.training.prepared import BASE, UNIFORM, ExpertLosses, HeadStates, bas
 from xloom.training.progress import counting
 from xloom.training.recipe import HeadRecipe
 from xloom.training.run import Run
+from xloom.training.sharing import longest_row, shared_outputs
 from xloom.training.start import fit_to_arrow, states_of, statistics
 
 _SAMPLE = 256  # rows that the head's statistics are taken from
@@ -197,10 +198,28 @@ class HeadTrainer(CompletionTrainer):
         }
 
     def outputs(self, model: nn.Module, batch: dict[str, Any]) -> Any:
+        if batch["shared"] and "head_states" in batch:
+            return self._shared_outputs(batch)
         kept = ("input_ids", "attention_mask", "position_ids", "head_states")
         inputs = {key: batch[key] for key in kept if key in batch}
         with self.model.routing(self._router):
             return model(**inputs, logits_to_keep=batch["keep"], use_cache=False)
+
+    def _shared_outputs(self, batch: dict[str, Any]) -> Any:
+        """The same with the rows' common beginning computed once: the head decides on whole rows first."""
+        mask_BT = batch["attention_mask"]
+        with self.model.routing(self._router):
+            scalings_BTSN = self.model.decide(batch["head_states"], mask_BT)
+        longest = longest_row(mask_BT)
+
+        def forward(tokens: slice, inputs: dict[str, Any]) -> Any:
+            rows = slice(longest, longest + 1) if tokens.start == 0 else slice(None)
+            with self.model.routing(Precomputed(scalings_BTSN[rows, tokens])):
+                return self.model(**inputs, use_cache=True)
+
+        out = shared_outputs(forward, batch, self.model.config)
+        out.scalings = scalings_BTSN
+        return out
 
     def counts(self, batch: dict[str, Any]) -> dict[str, float]:
         targets = batch["row_targets"].sum() + batch["token_targets"].sum()  # each row's targets sum to 1, or to 0

@@ -38,6 +38,7 @@ from xloom.training import history, processes
 from xloom.training.checkpoint import last_checkpoint
 from xloom.training.data import Example, collate, plan_batches
 from xloom.training.objective import IGNORED, token_losses
+from xloom.training.sharing import can_share, common_beginning, shared_outputs
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -118,6 +119,8 @@ class CompletionTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the loss below is one over all tokens of a step
         self._takes_positions = "position_ids" in inspect.signature(_unwrapped(model).forward).parameters
+        self.shares = self._takes_positions and not settings.gradient_checkpointing and processes.count() == 1
+        self.shares &= can_share(_unwrapped(model).config)
 
     def plan(self, train: Sequence[Example], settings: Settings) -> list[int]:
         """Row numbers of the whole run. Processes take turns at each batch's parts, so their number changes nothing."""
@@ -126,12 +129,14 @@ class CompletionTrainer(Trainer):
         return plan_batches([len(e.input_ids) for e in train], size, batches, settings.seed)
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Any]:
-        return collate(examples, self.pad_id)
+        return collate(examples, self.pad_id) | {"shared": common_beginning(examples) if self.shares else 0}
 
     # --- the loss ---
 
     def outputs(self, model: nn.Module, batch: dict[str, Any]) -> Any:
-        """One forward, with logits at the last `keep` positions."""
+        """One forward (two, where the rows begin alike), with logits at the last `keep` positions."""
+        if batch["shared"]:
+            return shared_outputs(lambda _, inputs: model(**inputs, use_cache=True), batch, _unwrapped(model).config)
         wanted = ["input_ids", "attention_mask", *(["position_ids"] if self._takes_positions else [])]
         return model(**{key: batch[key] for key in wanted}, logits_to_keep=batch["keep"], use_cache=False)
 
