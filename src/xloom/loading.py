@@ -15,7 +15,7 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from xloom import architecture, checkpoints
 from xloom.config import XLoraConfig, check_expert_names, check_field_names
 from xloom.errors import ConfigError, names
-from xloom.experts import Expert
+from xloom.experts import CONFIG_FILE, Expert
 from xloom.passes import TwoPassModel
 
 
@@ -133,15 +133,18 @@ class XLoraModel(TwoPassModel):
         *,
         format: checkpoints.Format = "xloom",
         include_base: bool = False,
+        include_experts: bool = True,
         is_main_process: bool = True,
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Writes a self-contained folder; the folder appears whole or not at all.
+        """Writes a folder, self-contained but for the base; the folder appears whole or not at all.
 
         Args:
             format: "xloom", "peft" (X-LoRA of PEFT), "xlora" (the original) or "mistralrs" (mistral.rs 0.6.0).
             include_base: (xloom) put the base model into the folder too.
+            include_experts: (xloom) False names the folders that the experts were read from instead of copying them,
+                by their ways from the checkpoint: many heads can then share them.
             kwargs: what transformers' callers pass beside (`state_dict`, `safe_serialization`, ...) is not needed here;
                 with `push_to_hub=True`, `repo_id`, `token` and the like.
 
@@ -153,9 +156,10 @@ class XLoraModel(TwoPassModel):
             return
         if include_base and format != "xloom":
             raise ConfigError(f"include_base belongs to format='xloom', found {format!r}")
-        checkpoints.write(
-            self._as_saved(), Path(save_directory), format, base=self.plain_base if include_base else None
-        )
+        saved = self._as_saved()
+        if not include_experts:
+            saved.expert_folders = self._folders_of_experts(format)
+        checkpoints.write(saved, Path(save_directory), format, base=self.plain_base if include_base else None)
         if push_to_hub:
             from huggingface_hub import HfApi
 
@@ -191,6 +195,20 @@ class XLoraModel(TwoPassModel):
             for name, modules in zip(self.experts, by_site, strict=True)
         }
         return checkpoints.Saved(self.config, dict(self.head.state_dict()), experts, model_class=self.saved_as)
+
+    def _folders_of_experts(self, format: str) -> dict[str, Path]:
+        if format != "xloom":
+            raise ConfigError(f"include_experts=False belongs to format='xloom', found {format!r}")
+        if self.config.use_trainable_adapters:
+            raise ConfigError("include_experts=False: trained experts are no longer those of their folders")
+        folders = {name: Path(source).parent for name, source in self._expert_sources.items()}
+        for name, folder in folders.items():
+            if not (folder / CONFIG_FILE).is_file():
+                raise ConfigError(
+                    f"include_experts=False: expected expert {name!r} to come from a LoRA folder, found "
+                    f"{self._expert_sources[name]!r}"
+                )
+        return folders
 
     @contextmanager
     def _unloaded_on_failure(self) -> Iterator[None]:

@@ -64,6 +64,7 @@ class TwoPassModel(PreTrainedModel):
         super().__init__(config)
         self.base = base
         self.expert_configs: dict[str, Mapping[str, Any]] = {name: dict(e.config) for name, e in experts.items()}
+        self._expert_sources: dict[str, str] = {name: e.source for name, e in experts.items()}
         self._expert_scores: dict[str, Mapping[str, Tensor]] = {name: e.score for name, e in experts.items()}
         self.mixture = Mixture(base, experts, trainable=config.use_trainable_adapters)
         self.mixture.global_weight = config.global_scaling_weight

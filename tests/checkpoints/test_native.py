@@ -508,3 +508,46 @@ def test_fields_that_the_model_fills_in(llama, expert_paths, field):
     """They follow from the base and the experts: given by hand they are refused, not lost or a TypeError."""
     with pytest.raises(ConfigError, match=field):
         XLoraForCausalLM.from_experts(llama, expert_paths, **{field: ["x"]})
+
+
+# --- experts that stay where they are ---
+
+
+def copied_adapters(folder: Path) -> dict[str, str]:
+    return {name: str(shutil.copytree(path, folder / name)) for name, path in adapters("llama").items()}
+
+
+def test_experts_can_stay_in_their_own_folders(tmp_path: Path):
+    model = made(tmp_path)
+    model.save_pretrained(tmp_path / "one", include_experts=False)
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["config.json", "head.safetensors"]
+    assert_same(model, XLoraForCausalLM.from_pretrained(tmp_path / "one"))
+
+
+def test_model_and_experts_move_together(tmp_path: Path):
+    model = made(tmp_path, experts=copied_adapters(tmp_path / "here" / "experts"))
+    model.save_pretrained(tmp_path / "here" / "models" / "one", include_experts=False)
+    (tmp_path / "here").rename(tmp_path / "there")
+    there = XLoraForCausalLM.from_pretrained(tmp_path / "there" / "models" / "one", base=tmp_path / "base")
+    assert_same(model, there)
+    there.save_pretrained(tmp_path / "two", include_experts=False)
+    assert_same(model, XLoraForCausalLM.from_pretrained(tmp_path / "two", base=tmp_path / "base"))
+
+
+def test_a_model_says_which_expert_is_gone(tmp_path: Path):
+    names = copied_adapters(tmp_path / "experts")
+    made(tmp_path, experts=names).save_pretrained(tmp_path / "one", include_experts=False)
+    gone = list(names)[1]
+    shutil.rmtree(names[gone])
+    with pytest.raises(NotFoundError, match=rf"expert_folders: expected the LoRA folder of expert '{gone}'"):
+        XLoraForCausalLM.from_pretrained(tmp_path / "one")
+
+
+def test_only_our_format_and_unchanged_experts_can_stay_outside(tmp_path: Path):
+    model = made(tmp_path)
+    with pytest.raises(ConfigError, match="include_experts=False belongs to format='xloom'"):
+        model.save_pretrained(tmp_path / "one", format="peft", include_experts=False)
+    trained = made(tmp_path, use_trainable_adapters=True)
+    with pytest.raises(ConfigError, match="trained experts are no longer those"):
+        trained.save_pretrained(tmp_path / "one", include_experts=False)
+    assert not (tmp_path / "one").exists()

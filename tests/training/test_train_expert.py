@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from toy import toy_rows, write_rows
 from xloom import XLoraForCausalLM
 from xloom.errors import DataError, RecipeError
+from xloom.files import read_tensors
 from xloom.training.expert import train_expert
 from xloom.training.recipe import ExpertRecipe, load_expert_recipe
 
@@ -158,3 +160,12 @@ def test_an_expert_learns_on_a_quantised_base_and_with_dora(
     losses = [loss for _, loss in json.loads((folder / "training.json").read_text())["losses"]]
     assert losses[-1] < 0.6 * losses[0]
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(project / "base"), folder)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_adapter_can_be_saved_in_16_bits(recipe_file: Callable[..., Path], dtype: str):
+    whole = train_expert(load_expert_recipe(recipe_file("expert", "whole")), progress=False)
+    half = train_expert(load_expert_recipe(recipe_file("expert", "half", save_dtype=dtype)), progress=False)
+    name = "adapter_model.safetensors"
+    expected = {key: tensor.to(getattr(torch, dtype)) for key, tensor in read_tensors(whole / name).items()}
+    torch.testing.assert_close(read_tensors(half / name), expected, rtol=0, atol=0)

@@ -3,7 +3,7 @@
 config.json                XLoraConfig, with the base's config, expert and site names
 head.safetensors           ScalingHead.state_dict
 score.safetensors          for classification: the state_dict of the base's score head
-experts/<name>/            a PEFT LoRA folder each
+experts/<name>/            a PEFT LoRA folder each; or config.json says where they are, as ways from this folder
 base/                      optional: the base as transformers saves it
 """
 
@@ -12,20 +12,22 @@ from pathlib import Path
 
 from xloom.checkpoints.saved import CAUSAL, CLASSIFICATION, Saved, write_expert
 from xloom.config import XLoraConfig
-from xloom.errors import CheckpointError, TruncatedFileError
+from xloom.errors import CheckpointError, NotFoundError, TruncatedFileError
 from xloom.experts import Expert
 from xloom.files import naming, read_json, read_tensors, write_json, write_tensors
 
 CONFIG, HEAD, SCORE, EXPERTS, BASE = "config.json", "head.safetensors", "score.safetensors", "experts", "base"
+EXPERT_FOLDERS = "expert_folders"  # in config.json
 
 
 def read(folder: Path) -> Saved:
     raw = read_json(folder / CONFIG)
     if not raw.get("experts"):
         raise TruncatedFileError(f"{folder / CONFIG}: names no experts")
+    elsewhere = raw.pop(EXPERT_FOLDERS, {})
     with naming(folder / CONFIG):
         config = XLoraConfig(**raw)
-    experts = {name: Expert.from_pretrained(folder / EXPERTS / name) for name in config.experts or []}
+    experts = {name: _read_expert(name, folder, elsewhere) for name in config.experts or []}
     model_class = (raw.get("architectures") or [CAUSAL])[0]
     if model_class not in (CAUSAL, CLASSIFICATION):
         raise CheckpointError(
@@ -53,17 +55,33 @@ def write(saved: Saved, folder: Path, *, final: Path) -> None:
     config.pop("_name_or_path", None)
     if isinstance(config.get("base_config"), dict):
         config["base_config"].pop("_name_or_path", None)
+    if saved.expert_folders is not None:
+        config[EXPERT_FOLDERS] = {name: way(path, final) for name, path in saved.expert_folders.items()}
     write_json(folder / CONFIG, config)
     write_tensors(folder / HEAD, saved.head)
     if saved.score:
         write_tensors(folder / SCORE, saved.score)
-    for name, expert in saved.experts.items():
+    for name, expert in saved.experts.items() if saved.expert_folders is None else ():
         write_expert(expert, folder / EXPERTS / name)
 
 
 def relative_base(base: str | None, final: Path) -> str | None:
     """A local base by its way from the checkpoint, so that both can move together; a hub id as it is."""
-    if base is None or not os.path.isabs(base):
-        return base
-    way = os.path.relpath(base, Path(final).resolve())
-    return way if way.startswith(".") else f"./{way}"
+    return way(base, final) if base is not None and os.path.isabs(base) else base
+
+
+def way(place: str | Path, final: Path) -> str:
+    """How to get to a place from a checkpoint's folder, starting with a dot."""
+    found = os.path.relpath(place, Path(final).resolve())
+    return found if found.startswith(".") else f"./{found}"
+
+
+def _read_expert(name: str, folder: Path, elsewhere: dict[str, str]) -> Expert:
+    if name not in elsewhere:
+        return Expert.from_pretrained(folder / EXPERTS / name)
+    place = (folder / elsewhere[name]).resolve()
+    if not place.is_dir():
+        raise NotFoundError(
+            f"{folder / CONFIG}: {EXPERT_FOLDERS}: expected the LoRA folder of expert {name!r} at {place}, found none"
+        )
+    return Expert.from_pretrained(place)

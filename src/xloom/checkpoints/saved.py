@@ -27,6 +27,8 @@ class Saved:
         missing_hint: why tensors may be missing from such a file.
         model_class: CAUSAL or CLASSIFICATION.
         score: the score head of a model for classification, by the names of its `state_dict`.
+        expert_folders: (xloom) where each expert's own folder is, for a checkpoint that is to name it and not to hold
+            a copy.
     """
 
     config: XLoraConfig
@@ -38,6 +40,7 @@ class Saved:
     missing_hint: str = ""
     model_class: str = CAUSAL
     score: dict[str, Tensor] = field(default_factory=dict)
+    expert_folders: Mapping[str, Path] | None = None
 
 
 def write_expert(expert: Expert, folder: Path) -> None:

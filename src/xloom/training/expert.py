@@ -6,6 +6,7 @@ Knows nothing of mixing: any tool that reads PEFT adapters can use the result.
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, set_seed
@@ -108,7 +109,9 @@ def _check_all_found(model: PeftModel, recipe: ExpertRecipe) -> None:
 
 
 def _write(model: PeftModel, recipe: ExpertRecipe, results: dict[str, Any], folder: Path) -> None:
-    model.save_pretrained(folder, save_embedding_layers=False)
+    dtype = getattr(torch, recipe.save_dtype)
+    tensors = {name: tensor.to(dtype) for name, tensor in model.state_dict().items() if "lora_" in name}
+    model.save_pretrained(folder, save_embedding_layers=False, state_dict=tensors)
     losses, lora = results["losses"], recipe.lora
     valid = results["validation"].get("loss")
     lines = [

@@ -71,7 +71,7 @@ def train_head(recipe: HeadRecipe, *, progress: bool = True) -> Path:
         results = {"rows": rows_record(rows, valid), **trainer.summary()}
 
         def write(folder: Path) -> None:
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, include_experts=recipe.include_experts)
             tokenizer.save_pretrained(folder)
 
         return run.publish(write, results)

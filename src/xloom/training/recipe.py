@@ -196,12 +196,17 @@ class Recipe(_Checked):
 
 
 class ExpertRecipe(Recipe):
-    """One LoRA expert from JSONL files. The other fields are those of `Recipe`."""
+    """One LoRA expert from JSONL files. The other fields are those of `Recipe`.
+
+    Args:
+        save_dtype: of the adapter's file; 16 bits halve it. The training itself is in float32.
+    """
 
     kind = "expert"
     train: Paths
     valid: Paths | None = None
     lora: Lora = Lora()
+    save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
     def check(self) -> None:
         super().check()
@@ -232,6 +237,7 @@ class HeadRecipe(Recipe):
         start_temperature: of the head's softmax at the first step, going down geometrically to
             `head.softmax_temperature`; None keeps it there throughout.
         experts_learning_rate: trains the experts along with the head, at this rate.
+        include_experts: False names the experts' folders in the model instead of copying them into it.
         drop_sites_below_gate: with `head.gate_at_layer`, cut what experts adapt below it instead of refusing them.
         state_cache_gb: room on disk for what the head reads of each row; 0 computes it anew in every step.
     """
@@ -253,6 +259,7 @@ class HeadRecipe(Recipe):
     experts_learning_rate: Annotated[float, Field(gt=0)] | None = None
     state_cache_gb: Weight = 10.0
     drop_sites_below_gate: bool = False
+    include_experts: bool = True
 
     def data_files(self) -> dict[str, tuple[str, ...]]:
         train = {f"data.{name}": domain.files for name, domain in self.data.items()}
@@ -330,6 +337,8 @@ class HeadRecipe(Recipe):
             self.refuse("head.use_trainable_adapters", "experts_learning_rate, which trains the experts", "none")
         if config.use_trainable_adapters and self.dtype != "float32":
             self.refuse("dtype", "float32 where experts are trained", self.dtype)
+        if not self.include_experts and (self.experts_learning_rate or self.drop_sites_below_gate):
+            self.refuse("include_experts", "true where experts are trained or cut", "false")
         if self.drop_sites_below_gate and config.gate_at_layer is None:
             self.refuse("drop_sites_below_gate", "head.gate_at_layer beside it", "none")
         for key in ("start_temperature", "init") if not config.enable_softmax else ():
