@@ -1,7 +1,7 @@
 """What several commands share: loading a model quietly, its tokenizer, and router words."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from xloom.errors import ConfigError, PromptError, XLoomError
 from xloom.model import XLoraForCausalLM
-from xloom.routers import BaseOnly, Fixed, Router, Single, Uniform, XLora, check_known
+from xloom.routers import Arrow, BaseOnly, Fixed, Router, Single, SpectR, Uniform, XLora, check_known
 from xloom.suite.base_model import resolve_base
 
 PALETTE = ("dodger_blue1", "orange1", "green3", "magenta", "gold1", "cyan1", "red1", "medium_purple", "chartreuse3")
@@ -75,8 +75,14 @@ def encode(tokenizer: Any, prompt: str | Sequence[dict[str, str]], model: XLoraF
     return ids.to(model.device)
 
 
+_BY_FACTORS: dict[str, Callable[..., Router]] = {"arrow": Arrow, "spectr": SpectR}
+_SETTINGS: dict[str, Callable[[str], Any]] = {"temperature": float, "top_k": int}
+
+
 def parse_router(word: str, experts: Sequence[str]) -> Router:
-    """A router from `xlora`, `xlora:without=a`, `base`, `uniform`, `single:a` or `fixed:a=0.5,b=0.5`.
+    """A router from its word: `xlora`, `xlora:without=a`, `base`, `uniform`, `single:a`, `fixed:a=0.5,b=0.5`, and more.
+
+    `arrow` and `spectr` take settings: `arrow:top_k=2,temperature=0.5`.
 
     Raises:
         ConfigError: another word. UnknownExpertError: a name that the model does not have.
@@ -96,15 +102,18 @@ def parse_router(word: str, experts: Sequence[str]) -> Router:
         if kind == "single" and rest:
             check_known([rest], experts)
             return Single(rest)
+        if kind in _BY_FACTORS:
+            given = dict(part.partition("=")[::2] for part in rest.split(",")) if rest else {}
+            return _BY_FACTORS[kind](**{key: _SETTINGS[key](value) for key, value in given.items()})
         if kind == "fixed" and rest:
             weights = {name: float(weight) for name, _, weight in (part.partition("=") for part in rest.split(","))}
             check_known(weights, experts)
             return Fixed(weights)
-    except ValueError:
+    except (KeyError, ValueError):
         pass
     raise ConfigError(
-        f"unknown router {word!r}; expected xlora, xlora:without=NAME, base, uniform, single:NAME or "
-        "fixed:NAME=WEIGHT,..."
+        f"unknown router {word!r}; expected xlora, xlora:without=NAME, base, uniform, single:NAME, "
+        "fixed:NAME=WEIGHT,..., arrow or spectr, the last two also with :top_k=K,temperature=X"
     )
 
 

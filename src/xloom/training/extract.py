@@ -35,6 +35,7 @@ from xloom.errors import (
 )
 from xloom.experts import CONFIG_FILE, Expert, LowRank
 from xloom.files import new_folder, read_json, write_json
+from xloom.merging import plain_config
 from xloom.modules import dense_weight
 from xloom.suite.base_model import resolve_base
 
@@ -213,7 +214,7 @@ def extract_expert(
     old = [item.name for item in output.iterdir()] if output.is_dir() else []
     with new_folder(output, replaces=old) as folder:
         factors = {site: low for site, (low, _) in fitted.items()}
-        write_expert(Expert(str(tuned), _peft_config(result, base_model), factors), folder)
+        write_expert(Expert(str(tuned), plain_config(factors, base_model, result.base), factors), folder)
         write_json(folder / RECORD, result.as_json())
         (folder / "README.md").write_text(_card(result), encoding="utf-8")
     return result
@@ -359,29 +360,6 @@ def _check_arguments(output: Path, rank: int, targets: str | Sequence[str]) -> N
 
 
 # --- what is written ---
-
-
-def _peft_config(found: Extraction, model: PreTrainedModel) -> dict[str, Any]:
-    """An adapter_config.json that names the adapted modules and no others; the scale is 1 everywhere."""
-    sites = [fit.site for fit in found.sites]
-    rank = max(fit.rank for fit in found.sites)
-    lower = {fit.site: fit.rank for fit in found.sites if fit.rank != rank}
-    # Endings of names where they say the same, as more tools read them; else full paths.
-    endings = {site.rpartition(".")[2] for site in sites}
-    meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in endings}
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": found.base,
-        "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": lower,
-        "alpha_pattern": lower,
-        "target_modules": sorted(endings if meant == set(sites) else sites),
-        "fan_in_fan_out": any(isinstance(model.get_submodule(site), Conv1D) for site in sites),
-        "bias": "none",
-        "inference_mode": True,
-    }
 
 
 def _card(found: Extraction) -> str:
