@@ -9,15 +9,16 @@ from pathlib import Path
 
 from rich.console import Console
 
+from xloom.cli.demo import SHOWN
 from xloom.cli.text import Sampling, generate_texts
-from xloom.suite.domains import DOMAINS
+from xloom.suite.domains import build_suite
 from xloom.training.rows import read_rows
 
 
 def main(demo: Path, picture: Path) -> None:
     prompts = []
-    for name in DOMAINS:
-        row = next(read_rows(demo / "data" / name / "test.jsonl"))
+    for files in build_suite(only=SHOWN).values():
+        row = next(read_rows(files.test))
         assert not isinstance(row.prompt, str)
         prompts.append(row.prompt[-1]["content"])
     console = Console(record=True, width=72, file=io.StringIO(), force_terminal=False)

@@ -244,30 +244,38 @@ def test_interrupted(run, monkeypatch):
     assert "Traceback" not in out + err
 
 
-def test_the_recipes_are_those_of_the_demo(tmp_path):
-    """With the demo's data and experts in place they load, and ask for what the demo does."""
+def test_every_recipe_loads(tmp_path, monkeypatch):
+    """With rows and experts in place; the small head is the one that the demo trains."""
+    from xloom.suite import shelf
     from xloom.suite.domains import DOMAINS, DomainFiles
     from xloom.training.recipe import load_expert_recipe, load_head_recipe
 
-    demo = importlib.import_module("xloom.cli.demo")  # the package has a command of that name
+    rows = write_rows(tmp_path / "rows.jsonl", toy_rows("up", 2))
+    monkeypatch.setattr(shelf, "rows_of", lambda name: DomainFiles(name, rows, rows, rows, rows))
     shutil.copytree(Path(__file__).parents[2] / "recipes", tmp_path / "recipes")
-    folder, base = tmp_path / "runs" / "demo", tiny_base("llama")
+    base = tiny_base("llama")
     for name in DOMAINS:
-        (folder / "data" / name).mkdir(parents=True)
-        for part in ("train", "valid"):
-            write_rows(folder / "data" / name / f"{part}.jsonl", toy_rows("up", 2))
-        make_expert(base, folder / "experts" / name, r=2, target_modules=["q_proj"])
-    parts = ("train", "valid", "test", "card")
-    files = {n: DomainFiles(n, *(folder / "data" / n / f"{part}.jsonl" for part in parts)) for n in DOMAINS}
-    for name in DOMAINS:
-        ours = load_expert_recipe(tmp_path / "recipes" / f"{name}.yaml")
-        theirs = demo._expert_recipe(folder, files[name], 120)
-        for field in ("base", "max_steps", "batch_size", "learning_rate", "lora"):
-            assert getattr(ours, field) == getattr(theirs, field), (name, field)
-    theirs = demo._head_recipe(folder, files, {name: folder / "experts" / name for name in DOMAINS}, 60)
+        ours = load_expert_recipe(tmp_path / "recipes" / "suite" / f"{name}.yaml")
+        assert ours.train == (f"suite:{name}:train",)
+        make_expert(base, tmp_path / "experts" / name, r=2, target_modules=["q_proj"])
+    for name in ("two-pass", "single-pass"):
+        assert list(load_head_recipe(tmp_path / "recipes" / "suite" / f"{name}.yaml").experts) == list(DOMAINS)
+    demo = importlib.import_module("xloom.cli.demo")  # the package has a command of that name
+    files = {name: shelf.rows_of(name) for name in demo.SHOWN}
+    theirs = demo.head_recipe(tmp_path, files, {name: tmp_path / "experts" / name for name in demo.SHOWN}, 30)
     for name in ("head", "unlabelled"):
         ours = load_head_recipe(tmp_path / "recipes" / f"{name}.yaml")
-        for field in ("base", "max_steps", "batch_size", "learning_rate", "head", "routing_weight", "init"):
+        for field in (
+            "base",
+            "max_steps",
+            "batch_size",
+            "learning_rate",
+            "head",
+            "routing_weight",
+            "init",
+            "valid_rows",
+        ):
             assert getattr(ours, field) == getattr(theirs, field), (name, field)
-        assert ours.right_experts() == {domain: domain for domain in DOMAINS}
-    assert {p.stem for p in (tmp_path / "recipes").iterdir()} == {*DOMAINS, "head", "unlabelled"}
+        assert list(ours.experts) == list(demo.SHOWN)
+    assert {p.stem for p in (tmp_path / "recipes").glob("*.yaml")} == {"head", "unlabelled"}
+    assert {p.stem for p in (tmp_path / "recipes" / "suite").glob("*.yaml")} == {*DOMAINS, "two-pass", "single-pass"}

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from xloom import __version__
-from xloom.errors import XLoomError
+from xloom.errors import ConfigError, XLoomError
 
 app = typer.Typer(
     name="xloom",
@@ -30,7 +30,7 @@ BaseOption = Annotated[
 ]
 RouterOption = Annotated[
     str,
-    typer.Option(help="xlora, base, uniform, single:NAME, fixed:NAME=WEIGHT,..., or xlora:without=NAME."),
+    typer.Option(help="xlora, base, uniform, single:NAME, fixed:NAME=WEIGHT,..., arrow, spectr, xlora:without=NAME."),
 ]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to write at most.")]
 TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
@@ -58,14 +58,13 @@ def demo(
     folder: Annotated[Path, typer.Option(help="Where everything is kept; run again to go on from there.")] = Path(
         "runs/demo"
     ),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of each expert, of 8 rows.")] = 120,
-    head_steps: Annotated[int, typer.Option(min=1, help="Training steps of the head, of 8 rows.")] = 60,
-    items: Annotated[int, typer.Option(min=1, help="Held-out items per domain.")] = 60,
+    head_steps: Annotated[int, typer.Option(min=1, help="Training steps of the head, of 8 rows.")] = 30,
+    items: Annotated[int, typer.Option(min=1, help="Test questions per domain.")] = 20,
 ) -> None:
-    """The whole path on the built-in base: three domains, three experts, a head, a table, text."""
+    """The whole path on the built-in base: shipped experts, a head trained on the spot, a table, text."""
     from xloom.cli.demo import run
 
-    run(folder, expert_steps=steps, head_steps=head_steps, items=items)
+    run(folder, head_steps=head_steps, items=items)
 
 
 @app.command("train-expert")
@@ -157,6 +156,71 @@ def inspect(
     raise typer.Exit(inspect_paths(paths, base=base, list_sites=sites, json_path=json))
 
 
+@app.command("eval")
+def evaluate(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder or hub id of an X-LoRA model; of --suite builtin, the shipped one.")
+    ] = None,
+    suite: Annotated[str | None, typer.Option(help="builtin: the domains and families that come with xloom.")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="name=FILE.jsonl or name=FOLDER (with test.jsonl); may be given more than once."),
+    ] = None,
+    router: Annotated[
+        list[str] | None, typer.Option(help="What to compare, see docs/evaluation.md; default: all.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions of each task.")] = None,
+    scorer: Annotated[
+        str | None, typer.Option(help="For rows that bring none: a scorer's name, or module:function.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Answers are kept here; run again to go on from there.")
+    ] = None,
+    json: JsonOption = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the whole page to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture (.png, .svg or .pdf) to this file.")] = None,
+    other: Annotated[
+        list[str] | None, typer.Option("--model", help="name=FOLDER of a further X-LoRA model to compare.")
+    ] = None,
+    collapse: Annotated[Path | None, typer.Option(help="What `convert --collapse` wrote, to compare it too.")] = None,
+    against: Annotated[str | None, typer.Option(help="Compare all with this system, in pairs; default: xlora.")] = None,
+    loss: Annotated[bool, typer.Option("--loss", help="Take the loss of the right answers as well.")] = False,
+    few_shot: Annotated[int, typer.Option(min=1, help="Solved rows that the system few-shot sees.")] = 3,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Rows times tokens of one forward, at most.")] = 1024,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    base: BaseOption = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: as the model was saved.")] = None,
+) -> None:
+    """Compare a mixture with every other way to use its experts: tasks x routers, with intervals."""
+    from xloom.cli.evaluate import Settings, run
+
+    run(
+        Settings(
+            model,
+            base=base,
+            suite=suite,
+            tasks=tuple(task or ()),
+            routers=tuple(router or ()),
+            models=tuple(other or ()),
+            collapse=collapse,
+            scorer=scorer,
+            limit=limit,
+            few_shot=few_shot,
+            against=against,
+            loss=loss,
+            output=output,
+            json=json,
+            markdown=markdown,
+            plot=plot,
+            batch_tokens=batch_tokens,
+            threads=threads,
+            device=device,
+            dtype=dtype,
+        )
+    )
+
+
 @app.command()
 def convert(
     source: ModelArg,
@@ -164,10 +228,25 @@ def convert(
     format: Annotated[str, typer.Option("--to", help="xloom, peft, xlora or mistralrs.")] = "xloom",
     base: BaseOption = None,
     include_base: Annotated[bool, typer.Option("--include-base", help="Put the base into the folder too.")] = False,
+    collapse: Annotated[
+        bool, typer.Option("--collapse", help="Write one static LoRA instead, with the head's mean scalings.")
+    ] = False,
+    data: Annotated[
+        list[str] | None, typer.Option(help="(--collapse) Rows to take the mean over; may be given more than once.")
+    ] = None,
+    rows: Annotated[int, typer.Option(help="(--collapse) Rows of each source; every fifth only tells the loss.")] = 200,
+    rank: Annotated[int | None, typer.Option(help="(--collapse) Cut to this rank by truncated SVD.")] = None,
 ) -> None:
-    """Read a checkpoint of any format and write it in another."""
-    from xloom.cli.convert import convert_checkpoint
+    """Read a checkpoint of any format and write it in another, or collapse it into one static LoRA."""
+    from xloom.cli.convert import collapse_checkpoint, convert_checkpoint
 
+    if collapse:
+        if format != "xloom" or include_base:
+            raise ConfigError("--collapse writes a PEFT LoRA: leave --to and --include-base out")
+        typer.echo(collapse_checkpoint(source, target, base=base, data=data or [], rows=rows, rank=rank))
+        return
+    if data or rank is not None:
+        raise ConfigError("--data and --rank belong to --collapse")
     typer.echo(convert_checkpoint(source, target, format, base=base, include_base=include_base))
 
 

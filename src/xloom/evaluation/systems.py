@@ -1,0 +1,450 @@
+"""What can be compared: every way to answer with the same experts. `registry.find_systems` makes them from names.
+
+A system is asked for its prompts and then makes itself ready, once, to answer them. Takes a `Bench`; knows nothing of
+grades, of files of answers, or of names on the command line.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+from xloom.config import XLoraConfig
+from xloom.errors import DataError, PromptError, names
+from xloom.evaluation.decoding import BATCH_TOKENS, Answer, Prompt, RouterOf, decode, losses
+from xloom.evaluation.shots import Constants, solved, with_shots
+from xloom.evaluation.tasks import Question, Task
+from xloom.experts import Expert
+from xloom.merging import Method, merge_experts
+from xloom.model import XLoraForCausalLM
+from xloom.routers import BaseOnly, Centroid, Fixed, PerRow, Router, Single, check_known
+from xloom.training.data import tokenise_all
+
+SLACK = 2  # tokens that an answer may have more than the longest right one of its kind
+FREE_TOKENS = 24  # of answers in free words, whose length the right one does not tell
+SAMPLES = 24  # training prompts of each expert for routers that are fitted
+
+_ON_DELTAS: Mapping[Method, Method] = {
+    "linear": "svd", "ties": "ties_svd", "dare_linear": "dare_linear_svd", "dare_ties": "dare_ties_svd",
+}  # fmt: skip
+
+Ids = tuple[tuple[int, ...], int]  # token ids of a prompt and its right answer, and where the answer starts
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all systems share.
+
+    Args:
+        model, tokenizer: the X-LoRA model whose experts are compared.
+        tasks: the columns that are asked, with their training rows.
+        few_shot: solved rows before a question, for the system that has some.
+        batch_tokens: bound on rows times tokens of one forward.
+    """
+
+    model: XLoraForCausalLM
+    tokenizer: Any
+    tasks: tuple[Task, ...]
+    few_shot: int = 3
+    batch_tokens: int = BATCH_TOKENS
+
+    def encode(self, questions: Sequence[Question]) -> list[Ids]:
+        """Raises DataError or PromptError, with the row's place."""
+        return list(tokenise_all([question.row for question in questions], self.tokenizer))
+
+    @cached_property
+    def budgets(self) -> Mapping[tuple[str, str], int]:
+        """New tokens at most, by column and kind of question: those of the longest right answer, and `SLACK`."""
+        found: dict[tuple[str, str], int] = {}
+        for task in self.tasks:
+            known = [*task.questions, *task.train]
+            for question, (ids, start) in zip(known, self.encode(known), strict=True):
+                kind = (task.name, question.task)
+                found[kind] = max(found.get(kind, 0), len(ids) - start + SLACK)
+        return found
+
+    def budget(self, question: Question) -> int:
+        if "max_new_tokens" in question.scorer.options:
+            return int(question.scorer.options["max_new_tokens"])
+        own = self.budgets[question.column, question.task]
+        return max(own, FREE_TOKENS) if question.scorer.name == "contains" else own
+
+    def prompts(self, questions: Sequence[Question]) -> list[Prompt]:
+        """Raises PromptError where a prompt leaves no room in the model's window."""
+        window = getattr(self.model.config.base_text_config, "max_position_embeddings", None)
+        out = []
+        for question, (ids, start) in zip(questions, self.encode(questions), strict=True):
+            budget = self.budget(question)
+            if window is not None and start + budget > window:
+                raise PromptError(
+                    f"{question.row.where}: {start} tokens and {budget} new ones are more than the model's window of "
+                    f"{window}"
+                )
+            out.append(Prompt(ids[:start], budget))
+        return out
+
+    def train_of(self, column: str) -> Sequence[Question]:
+        return next(task.train for task in self.tasks if task.name == column)
+
+    def samples(self) -> dict[str, list[tuple[int, ...]]]:
+        """Prompts out of the training rows of every expert's own domain.
+
+        Raises:
+            DataError: an expert has none.
+        """
+        found: dict[str, list[Question]] = {name: [] for name in self.model.experts}
+        for question in (question for task in self.tasks for question in task.train):
+            if len(question.experts) == 1 and question.experts[0] in found:
+                found[question.experts[0]].append(question)
+        if lacking := [name for name, some in found.items() if not some]:
+            raise DataError(f"training rows for {names(lacking)}: expected some for every expert, found none")
+        return {name: [ids[:start] for ids, start in self.encode(some[:SAMPLES])] for name, some in found.items()}
+
+
+class Ready(ABC):
+    """A system that is set up. `experts` names the last axis of the answers' weights."""
+
+    experts: tuple[str, ...] = ()
+
+    @abstractmethod
+    def answers(self, questions: Sequence[Question], prompts: Sequence[Prompt]) -> Iterator[dict[int, Answer]]:
+        """Batch by batch, by the questions' places in the list."""
+
+    def losses(self, questions: Sequence[Question], rows: Sequence[Ids]) -> list[float] | None:
+        """Mean loss of each right answer in nats per token; None where there is no model."""
+        return None
+
+
+class System(ABC):
+    """One way to answer.
+
+    Attributes:
+        name: as it is asked for and as it stands in tables.
+        about: one line about it.
+        routes: whether its scalings tell which expert it takes to be the right one.
+    """
+
+    routes = False
+
+    def __init__(self, name: str, about: str) -> None:
+        self.name, self.about = name, about
+
+    def takes(self, bench: Bench, task: Task) -> bool:
+        """Whether there is what it needs for this column."""
+        return True
+
+    def rows(self, bench: Bench, questions: Sequence[Question]) -> list[Question]:
+        """The questions as this system sees them."""
+        return list(questions)
+
+    def folder(self) -> Path | None:
+        """Of a model of its own."""
+        return None
+
+    def settings(self, bench: Bench) -> dict[str, Any]:
+        """What decides its answers beside the prompts, the model's files and its name."""
+        return {}
+
+    @abstractmethod
+    @contextmanager
+    def ready(self, bench: Bench) -> Iterator[Ready]:
+        """Set up for as long as the block runs; the bench's model is as before afterwards."""
+
+
+class _ModelReady(Ready):
+    """Answers of a model.
+
+    Args:
+        group_of: questions of different groups never share a batch.
+        router_of: the router for questions of one group, by them and their prompts; by default the model's own.
+        alike: whether all questions of a group have the same router, so that a prefix can be shared.
+    """
+
+    def __init__(
+        self,
+        bench: Bench,
+        model: XLoraForCausalLM,
+        router_of: Callable[[Sequence[Question], Sequence[Prompt]], Router] | None = None,
+        group_of: Callable[[Question, Prompt], Hashable] = lambda question, prompt: None,
+        alike: bool = True,
+    ) -> None:
+        self.experts = model.experts
+        self._bench, self._model = bench, model
+        self._router_of, self._group_of, self._alike = router_of, group_of, alike
+
+    def answers(self, questions: Sequence[Question], prompts: Sequence[Prompt]) -> Iterator[dict[int, Answer]]:
+        pairs = zip(questions, prompts, strict=True)
+        grouped = [replace(prompt, group=self._group_of(question, prompt)) for question, prompt in pairs]
+        yield from decode(
+            self._model,
+            self._bench.tokenizer,
+            grouped,
+            router_of=self._by_places(questions, prompts),
+            batch_tokens=self._bench.batch_tokens,
+            share_prefix=self._alike,
+        )
+
+    def losses(self, questions: Sequence[Question], rows: Sequence[Ids]) -> list[float]:
+        prompts = [Prompt(ids[:start], 1) for ids, start in rows]
+        return losses(
+            self._model,
+            self._bench.tokenizer,
+            rows,
+            router_of=self._by_places(questions, prompts),
+            groups=[self._group_of(question, prompt) for question, prompt in zip(questions, prompts, strict=True)],
+            batch_tokens=self._bench.batch_tokens,
+        )
+
+    def _by_places(self, questions: Sequence[Question], prompts: Sequence[Prompt]) -> RouterOf | None:
+        router_of = self._router_of
+        if router_of is None:
+            return None
+        return lambda places: router_of([questions[i] for i in places], [prompts[i] for i in places])
+
+
+# --- without a mixture ---
+
+
+@final
+class Constant(System):
+    """The best constant answer to every kind of question."""
+
+    @contextmanager
+    def ready(self, bench: Bench) -> Iterator[Ready]:
+        train = [question for task in bench.tasks for question in task.train]
+        asked = [question for task in bench.tasks for question in task.questions]
+        yield _ConstantReady(Constants(train, asked))
+
+    def settings(self, bench: Bench) -> dict[str, Any]:
+        return {"train": _digest_of_train(bench)}
+
+
+class _ConstantReady(Ready):
+    def __init__(self, constants: Constants) -> None:
+        self._constants = constants
+
+    def answers(self, questions: Sequence[Question], prompts: Sequence[Prompt]) -> Iterator[dict[int, Answer]]:
+        if questions:
+            yield {place: Answer(self._constants.answer(question), 0) for place, question in enumerate(questions)}
+
+
+@final
+class FewShot(System):
+    """The base, with solved training rows of the same kind before the question."""
+
+    def takes(self, bench: Bench, task: Task) -> bool:
+        return bool(task.train)
+
+    def rows(self, bench: Bench, questions: Sequence[Question]) -> list[Question]:
+        shots: dict[tuple[str, str], list[Question]] = {}
+        out = []
+        for question in questions:
+            kind = (question.column, question.task)
+            if kind not in shots:
+                shots[kind] = solved(question, bench.train_of(question.column), bench.few_shot)
+            out.append(replace(question, row=with_shots(question.row, shots[kind])))
+        return out
+
+    def settings(self, bench: Bench) -> dict[str, Any]:
+        return {}  # the prompts say it all
+
+    @contextmanager
+    def ready(self, bench: Bench) -> Iterator[Ready]:
+        base = BaseOnly()
+        yield _ModelReady(bench, bench.model, lambda *_: base, lambda question, _: (question.column, question.task))
+
+
+# --- routers ---
+
+
+@final
+class Routed(System):
+    """The model under another router, the same for all questions.
+
+    Args:
+        make: the router, from the bench; asked once.
+        settings: what it was made from, as JSON values.
+        fields: of the model's config, changed for as long as it answers.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        about: str,
+        make: Callable[[Bench], Router],
+        *,
+        routes: bool = False,
+        settings: Mapping[str, Any] | None = None,
+        fields: Mapping[str, Any] | None = None,
+        fitted: bool = False,
+    ) -> None:
+        super().__init__(name, about)
+        self._make, self.routes, self._fitted = make, routes, fitted
+        self._settings, self._fields = dict(settings or {}), dict(fields or {})
+
+    def settings(self, bench: Bench) -> dict[str, Any]:
+        return {**self._settings, **self._fields, **({"train": _digest_of_train(bench)} if self._fitted else {})}
+
+    @contextmanager
+    def ready(self, bench: Bench) -> Iterator[Ready]:
+        with _changed(bench.model.config, self._fields):
+            router = self._make(bench)
+            yield _ModelReady(bench, bench.model, lambda *_: router)
+
+
+@final
+class RightExpert(System):
+    """The right expert of every question; where it needs several, all of those alike."""
+
+    routes = True
+
+    def takes(self, bench: Bench, task: Task) -> bool:
+        return all(right_experts(question, bench.model.experts) for question in task.questions)
+
+    @contextmanager
+    def ready(self, bench: Bench) -> Iterator[Ready]:
+        def group(question: Question, _: Prompt) -> tuple[str, ...]:
+            return right_experts(question, bench.model.experts)
+
+        def router_of(questions: Sequence[Question], prompts: Sequence[Prompt]) -> Router:
+            return _alike(group(questions[0], prompts[0]), bench.model.experts)
+
+        yield _ModelReady(bench, bench.model, router_of, group)
+
+
+@final
+class Nearest(System):
+    """Experts by the likeness of the prompt to those of each expert (`routers.Centroid`)."""
+
+    routes = True
+
+    def __init__(self, name: str, about: str, top_k: int | None = None) -> None:
+        super().__init__(name, about)
+        self._top_k = top_k
+
+    def settings(self, bench: Bench) -> dict[str, Any]:
+        return {"train": _digest_of_train(bench)}
+
+    @contextmanager
+    def ready(self, bench: Bench) -> Iterator[Ready]:
+        centroid = Centroid.fit(bench.model, bench.samples(), top_k=self._top_k)
+        weights: dict[tuple[int, ...], torch.Tensor] = {}
+
+        def of(prompt: Prompt) -> torch.Tensor:
+            if prompt.ids not in weights:
+                ids = torch.tensor([prompt.ids], device=bench.model.device)
+                weights[prompt.ids] = centroid.weights(bench.model, ids)[0]
+            return weights[prompt.ids]
+
+        def router_of(questions: Sequence[Question], prompts: Sequence[Prompt]) -> Router:
+            return PerRow(torch.stack([of(prompt) for prompt in prompts]))
+
+        if self._top_k == 1:  # few kinds of weights: rows of a kind can share a prefix
+
+            def router_of_one(questions: Sequence[Question], prompts: Sequence[Prompt]) -> Router:
+                return Single(bench.model.experts[int(of(prompts[0]).argmax())])
+
+            yield _ModelReady(bench, bench.model, router_of_one, lambda _, prompt: int(of(prompt).argmax()))
+        else:
+            yield _ModelReady(bench, bench.model, router_of, alike=False)
+
+
+# --- other adapters on the same base, and other models ---
+
+
+@final
+class OneAdapter(System):
+    """The base with one static adapter: several experts merged, or what somebody made of them."""
+
+    def __init__(self, name: str, about: str, make: Callable[[Bench], Expert], *, folder: Path | None = None) -> None:
+        super().__init__(name, about)
+        self._make, self._folder = make, folder
+
+    def folder(self) -> Path | None:
+        return self._folder
+
+    @contextmanager
+    def ready(self, bench: Bench) -> Iterator[Ready]:
+        adapter = self._make(bench)
+        with bench.model.plain_base() as base:
+            model = XLoraForCausalLM.from_experts(base, {"adapter": adapter})
+            try:
+                router = Single("adapter")
+                yield _ModelReady(bench, model, lambda *_: router)
+            finally:
+                model.unload()
+
+
+@final
+class OtherModel(System):
+    """Another X-LoRA model, with experts and a head of its own; its base is loaded beside."""
+
+    routes = True
+
+    def __init__(self, name: str, folder: Path) -> None:
+        super().__init__(name, f"X-LoRA model {folder.name}")
+        self._folder = folder
+
+    def folder(self) -> Path | None:
+        return self._folder
+
+    @contextmanager
+    def ready(self, bench: Bench) -> Iterator[Ready]:
+        model = XLoraForCausalLM.from_pretrained(self._folder, dtype=bench.model.base.dtype)
+        yield _ModelReady(bench, model.to(bench.model.device))
+
+
+def merged(bench: Bench, method: Method) -> Expert:
+    """The model's experts as one, through PEFT."""
+    experts = experts_of(bench.model)
+    with bench.model.plain_base() as base:
+        return merge_experts(base, experts, method)
+
+
+def fitting_method(model: XLoraForCausalLM, method: Method) -> Method:
+    """The method itself where all experts have one rank; else its form that works on deltas and not on factors."""
+    ranks = {low.rank for expert in experts_of(model).values() for low in expert.modules.values()}
+    return _ON_DELTAS.get(method, method) if len(ranks) > 1 else method
+
+
+def experts_of(model: XLoraForCausalLM) -> dict[str, Expert]:
+    """The model's experts as they are in it, by name."""
+    by_site = model.mixture.experts_of_sites()
+    pairs = zip(model.experts, by_site, strict=True)
+    return {name: Expert(name, model.expert_configs[name], modules) for name, modules in pairs}
+
+
+def right_experts(question: Question, experts: Sequence[str]) -> tuple[str, ...]:
+    """The experts that a question needs; none, where the model lacks one of them."""
+    return question.experts if set(question.experts) <= set(experts) else ()
+
+
+def _alike(chosen: Sequence[str], experts: Sequence[str]) -> Router:
+    check_known(chosen, experts)
+    return Single(chosen[0]) if len(chosen) == 1 else Fixed(dict.fromkeys(chosen, 1 / len(chosen)))
+
+
+@contextmanager
+def _changed(config: XLoraConfig, fields: Mapping[str, Any]) -> Iterator[None]:
+    before = {name: getattr(config, name) for name in fields}
+    try:
+        for name, value in fields.items():
+            setattr(config, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+def _digest_of_train(bench: Bench) -> str:
+    found = hashlib.sha256()
+    for task in bench.tasks:
+        for question in task.train:
+            found.update(repr((question.row.prompt, question.row.completion)).encode())
+    return found.hexdigest()

@@ -1,0 +1,170 @@
+"""Fast greedy answers equal the plain ones: with a shared prefix, in any batches, under any router."""
+
+import copy
+
+import pytest
+import torch
+
+from tiny import ARCHITECTURES, make_expert, prompt, tiny_base
+from toy import tiny_tokenizer
+from xloom import XLoraForCausalLM
+from xloom.evaluation import decoding
+from xloom.evaluation.decoding import Prompt, can_share_prefix, common_prefix, decode, end_tokens, losses
+from xloom.routers import BaseOnly, Fixed, PerRow, Single, Uniform
+
+HEADS = (
+    {},
+    {"head_input": ["token", "ema:4"], "null_expert": True},
+    {"gate_at_layer": 1, "head_input": "running_mean", "drop_sites_below_gate": True},
+)
+START = tuple(prompt(1, 9)[0].tolist())
+RESTS = [3, 8, 5, 5, 1, 7]
+PROMPTS = [Prompt(START + tuple(prompt(1, n, seed=n + i)[0].tolist()), 3 + i % 3) for i, n in enumerate(RESTS)]
+
+
+@pytest.fixture
+def model(llama, expert_paths):
+    return XLoraForCausalLM.from_experts(llama, expert_paths, layerwise_scalings=True)
+
+
+def all_answers(model, prompts=PROMPTS, **options):
+    found = {}
+    for batch in decode(model, tiny_tokenizer(), prompts, **options):
+        assert not found.keys() & batch.keys()
+        found |= batch
+    return [found[i] for i in range(len(prompts))]
+
+
+def one_by_one(model, prompts=PROMPTS, router_of=None):
+    """Slow and obvious: generate, each prompt alone, without a shared prefix."""
+    out = []
+    tokenizer = tiny_tokenizer()
+    for i, p in enumerate(prompts):
+        with model.routing(router_of([i]) if router_of else model.router), model.logging_scalings() as log:
+            done = model.generate(
+                torch.tensor([p.ids]), max_new_tokens=p.max_new_tokens, do_sample=False, pad_token_id=0,
+                eos_token_id=sorted(end_tokens(model, tokenizer)),
+            )  # fmt: skip
+        new = done[0, len(p.ids) :]
+        weights = log.tokens()[0, len(p.ids) - 1 :].mean(dim=(0, 1)).tolist()
+        out.append((tokenizer.decode(new, skip_special_tokens=True).strip(), len(new), weights))
+    return out
+
+
+def same(found, expected):
+    assert [a.text for a in found] == [text for text, *_ in expected]
+    assert [a.tokens for a in found] == [count for _, count, _ in expected]
+    for answer, (*_, weights) in zip(found, expected, strict=True):
+        assert answer.weights == pytest.approx(weights, abs=1e-5)
+
+
+@pytest.mark.parametrize("head", HEADS, ids=["paper", "pooled", "early gate"])
+def test_answers_are_those_of_generate(llama, expert_paths, head):
+    model = XLoraForCausalLM.from_experts(llama, expert_paths, layerwise_scalings=True, **head)
+    with torch.no_grad():
+        for parameter in model.head.parameters():
+            parameter.normal_(0, 0.5)
+    expected = one_by_one(model)
+    assert len({text for text, *_ in expected}) > 2, "answers that differ, so that a mix-up would show"
+    for share in (True, False):
+        for tokens in (1, 20, 4000):
+            same(all_answers(model, batch_tokens=tokens, share_prefix=share), expected)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gpt2", "opt", "bloom", "falcon", "gpt_neox", "mistral", "gemma3_text"])
+def test_logits_with_a_shared_prefix_are_the_plain_ones(kind, tmp_path, monkeypatch):
+    base = tiny_base(kind)
+    experts = {n: make_expert(base, tmp_path / n, i, r=2, target_modules="all-linear") for i, n in enumerate("ab")}
+    model = XLoraForCausalLM.from_experts(copy.deepcopy(base), experts, layerwise_scalings=True)
+    seen = []
+    plain = decoding._forward
+
+    def spy(*args):
+        read = plain(*args)
+        seen.append((args[1].shape, read.logits_BTV[:, -1].clone()))
+        return read
+
+    monkeypatch.setattr(decoding, "_forward", spy)
+    found = {}
+    for share in (True, False):
+        seen.clear()
+        texts = [a.text for a in all_answers(model, share_prefix=share)]
+        found[share] = (texts, list(seen))
+    shared = can_share_prefix(model)
+    assert shared == ("sliding_window" not in ARCHITECTURES[kind])
+    assert found[True][0] == found[False][0]
+    for (_, a), (_, b) in zip(found[True][1], found[False][1], strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max().clamp(min=1.0)
+    longest = max(RESTS) + len(START)
+    assert found[False][1][0][0][1] == longest
+    assert found[True][1][0][0][1] == (longest - len(START) if shared else longest), "and it is shorter, too"
+
+
+def test_rows_with_routers_of_their_own(model):
+    weights = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0.5, 0.5, 0], [0, 0, 0], [0.2, 0.3, 0.4]])
+
+    def router_of(places):
+        return PerRow(weights[list(places)])
+
+    expected = one_by_one(model, router_of=router_of)
+    same(all_answers(model, router_of=router_of, share_prefix=False), expected)
+    found = all_answers(model, router_of=router_of, share_prefix=False)
+    for answer, row in zip(found, weights, strict=True):
+        assert answer.weights == pytest.approx(row.tolist())
+
+
+def test_groups_keep_prefixes_apart(model):
+    """With one prefix for two routers, the second group would read the first one's cache."""
+    routers = {"a": Single("mech"), "b": Fixed({"chem": 1.0, "prot": -1.0})}
+    prompts = [Prompt(p.ids, p.max_new_tokens, "ab"[i % 2]) for i, p in enumerate(PROMPTS)]
+
+    def router_of(places):
+        assert len({prompts[i].group for i in places}) == 1
+        return routers[prompts[places[0]].group]
+
+    same(all_answers(model, prompts, router_of=router_of), one_by_one(model, prompts, router_of))
+    assert [a.text for a in all_answers(model, router_of=lambda places: routers["a"])] != [
+        a.text for a in all_answers(model, prompts, router_of=router_of)
+    ]
+
+
+def test_an_answer_ends_at_the_end_token(model):
+    """Rows that end leave the batch; the others go on as if they were alone."""
+    model.generation_config.eos_token_id = list(range(5, 64, 6))
+    long = [Prompt(p.ids, 12) for p in PROMPTS]
+    expected = one_by_one(model, long)
+    counts = [count for _, count, _ in expected]
+    assert len(set(counts)) > 2, "they end at different times"
+    same(all_answers(model, long), expected)
+
+
+@pytest.mark.parametrize("router", [None, BaseOnly(), Uniform()], ids=["xlora", "base", "uniform"])
+def test_losses_are_those_of_the_rows_alone(model, router):
+    rows = [(p.ids + tuple(prompt(1, 1 + i, seed=i)[0].tolist()), len(p.ids)) for i, p in enumerate(PROMPTS)]
+    expected = []
+    with model.routing(router or model.router), torch.no_grad():
+        for ids, start in rows:
+            logits = model(torch.tensor([ids])).logits[0]
+            target = torch.tensor(ids[start:])
+            expected.append(torch.nn.functional.cross_entropy(logits[start - 1 : -1], target).item())
+    router_of = None if router is None else lambda places: router
+    for tokens in (1, 40, 4000):
+        found = losses(model, tiny_tokenizer(), rows, router_of=router_of, batch_tokens=tokens)
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_common_prefix():
+    assert common_prefix([(1, 2, 3), (1, 2), (1, 2, 4)]) == 2
+    assert common_prefix([(1, 2), (1, 2)]) == 2
+    assert common_prefix([(), (1,)]) == 0
+    assert common_prefix([(3, 1), (2, 1)]) == 0
+
+
+def test_batches_stay_within_their_tokens():
+    cut = list(decoding._batches([4, 2, 0, 1, 3], [3, 5, 2, 9, 1], 6))
+    assert cut == [[4, 2], [0], [1], [3]]
+    assert sorted(i for batch in cut for i in batch) == [0, 1, 2, 3, 4]
+
+
+def test_no_prompts(model):
+    assert all_answers(model, []) == []

@@ -1,0 +1,276 @@
+"""`evaluate`: what it finds, that it goes on where it was stopped, and when it starts anew."""
+
+import json
+
+import pytest
+import torch
+from worlds import DOMAINS, tiny_model, write_domains
+
+from toy import chat, tiny_tokenizer, write_rows
+from xloom.errors import ConfigError, DataError, NotFoundError, PromptError
+from xloom.evaluation import Watch, evaluate, find_systems, load_tasks
+from xloom.evaluation.results import lead
+from xloom.evaluation.store import AnswerFile, Kept, file_name, folder_digest, model_digest
+
+NAMES = ["constant", "base", "single:chem", "oracle", "xlora"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    model = tiny_model(folder)
+    return model, write_domains(folder / "data", model), folder
+
+
+@pytest.fixture
+def go(world):
+    """Evaluates; gives the evaluation and how many answers each system lacked."""
+    model, sources, _ = world
+
+    def run(output=None, names=NAMES, tasks=None, **options):
+        asked = {}
+        watch = Watch(lambda system, missing: asked.update({system.name: missing}))
+        tasks = load_tasks(sources) if tasks is None else tasks
+        found = evaluate(
+            model, tiny_tokenizer(), tasks, find_systems(names, model), output=output, watch=watch, **options
+        )
+        return found, asked
+
+    return run
+
+
+def test_rows(go):
+    found, _ = go(against="xlora", loss=True)
+    rows = found.rows()
+    assert found.domains == DOMAINS
+    by = {(r["router"], r["domain"], r["task"], r["metric"]): r for r in rows}
+    assert len(by) == len(rows), "no row twice"
+    for row in rows:
+        assert {"router", "domain", "metric", "score", "low", "high", "oracle_normalised", "items"} <= set(row)
+        assert row["low"] is None or row["low"] - 1e-6 <= row["score"] <= row["high"] + 1e-6
+    outcome = {o.system: o for o in found.outcomes}
+    for domain in DOMAINS:
+        column = outcome["single:chem"].columns[domain]
+        row = by["single:chem", domain, None, "score"]
+        assert row["score"] == pytest.approx(column.scores.mean(), abs=1e-6)
+        assert row["items"] == len(column.kept) == 4
+        assert by["single:chem", domain, "t0", "score"]["items"] == 2
+        oracle = by["oracle", domain, None, "score"]["score"]
+        assert row["oracle_normalised"] == pytest.approx(row["score"] / oracle, abs=1e-5)
+        assert by["oracle", domain, None, "routing_accuracy"]["score"] == 1
+        assert by["xlora", domain, None, "loss"]["score"] > 0
+        assert ("constant", domain, None, "loss") not in by
+    means = [by["single:chem", domain, None, "score"]["score"] for domain in DOMAINS]
+    assert by["single:chem", "mean", None, "score"]["score"] == pytest.approx(sum(means) / 3, abs=1e-5)
+    assert by["oracle", "mean", None, "score"]["oracle_normalised"] == 1
+    assert by["xlora", "mean", None, "difference"]["score"] == 0
+    difference = by["oracle", "mean", None, "difference"]
+    assert difference["against"] == "xlora"
+    both = [by[name, "mean", None, "score"]["score"] for name in ("oracle", "xlora")]
+    assert difference["score"] == pytest.approx(both[0] - both[1], abs=1e-5)
+    assert not [r for r in rows if r["router"] == "base" and r["metric"] == "routing_accuracy"]
+    json.dumps(found.as_json(), allow_nan=False)
+    assert {s["router"] for s in found.as_json()["systems"]} == set(NAMES)
+
+
+def test_routing_accuracy_is_that_of_the_mean_scalings(go, world):
+    model, sources, _ = world
+    tasks = load_tasks(sources)
+    found, _ = go(names=["xlora"])
+    hits = []
+    for task in tasks:
+        for question in task.questions:
+            ids = tiny_tokenizer().apply_chat_template(
+                question.row.prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )["input_ids"]
+            kept = found.outcomes[0].columns[task.name].kept[task.questions.index(question)]
+            with model.logging_scalings() as log, torch.no_grad():
+                model.generate(
+                    ids, max_new_tokens=kept.tokens, do_sample=False, pad_token_id=0,
+                    eos_token_id=tiny_tokenizer().eos_token_id,
+                )  # fmt: skip
+            mean = log.tokens()[0, ids.shape[1] - 1 :].mean(dim=(0, 1))
+            hits.append(model.experts[int(mean.argmax())] == task.name)
+    row = next(r for r in found.rows() if r["metric"] == "routing_accuracy" and r["domain"] == "mean")
+    assert row["score"] == pytest.approx(sum(hits) / len(hits), abs=1e-6)
+    assert 0 < sum(hits) < len(hits), "not all the same"
+
+
+def test_it_goes_on_after_a_cut(go, tmp_path):
+    whole, asked = go(tmp_path)
+    assert asked == dict.fromkeys(NAMES, 12)
+    path = tmp_path / "answers" / "xlora.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    # killed in the middle of a line
+    path.write_bytes(b"".join(lines[:6]) + lines[6][: len(lines[6]) // 2])
+    again, asked = go(tmp_path)
+    assert asked == {name: 7 if name == "xlora" else 0 for name in NAMES}
+    assert again.rows() == whole.rows()
+    assert all(json.loads(line) for line in path.read_text().splitlines()), "and no broken line is left"
+    _, asked = go(tmp_path)
+    assert set(asked.values()) == {0}
+
+
+def test_more_questions_ask_only_for_those(go, world, tmp_path):
+    sources = world[1]
+    go(tmp_path, tasks=load_tasks(sources, limit=2))
+    _, asked = go(tmp_path)
+    assert asked == dict.fromkeys(NAMES, 6)
+
+
+def test_the_kept_answers_are_those_of_a_fresh_run(go, tmp_path):
+    fresh, _ = go()
+    kept, _ = go(tmp_path)
+    again, _ = go(tmp_path)
+    assert fresh.rows() == kept.rows() == again.rows()
+
+
+def test_another_model_starts_anew(go, world, tmp_path):
+    model = world[0]
+    before, _ = go(tmp_path, names=["xlora", "base"])
+    digest = model_digest(model)
+    with torch.no_grad():
+        model.head.linears[-1].weight[0, 0] += 0.5
+        assert model_digest(model) != digest
+        found, asked = go(tmp_path, names=["xlora", "base"])
+        model.head.linears[-1].weight[0, 0] -= 0.5
+    assert asked == {"xlora": 12, "base": 12}
+    assert "xlora: answered anew, as it differs from what was kept in: model" in found.notes
+    assert (tmp_path / "answers" / "xlora.jsonl.old").is_file(), "hours of answers are not thrown away"
+    assert len(before.outcomes) == 2
+
+
+def test_a_system_that_cannot_be_made_is_named(go, world, tmp_path):
+    rows = {"chem": write_rows(tmp_path / "chem.jsonl", [chat("abc", "d")])}  # no training rows
+    tasks = load_tasks(rows)
+    with pytest.raises(DataError, match="^centroid: training rows for"):
+        go(names=["base", "centroid"], tasks=tasks)
+    found, _ = go(names=["base", "centroid", "few-shot", "uniform"], tasks=tasks, patient=True)
+    assert [o.system for o in found.outcomes] == ["base", "few-shot", "uniform"]
+    assert found.notes[0].startswith("centroid: left out: training rows for")
+    assert found.notes[1] == "few-shot: lacks what it needs for chem"
+    assert found.outcomes[1].columns == {}
+
+
+def test_numbers_have_mae_and_r2(go, tmp_path):
+    row = {"domain": "chem", "task": "gap", "scorer": "number", "options": {"tolerance": 0.5}}
+    asked = [{**chat(f"ab{i}", right), **row} for i, right in enumerate(["1", "2", "4"])]
+    train = [{**chat(f"ba{i}", "2"), **row} for i in range(3)]
+    (tmp_path / "chem").mkdir()
+    write_rows(tmp_path / "chem" / "test.jsonl", asked)
+    write_rows(tmp_path / "chem" / "train.jsonl", train)
+    found, _ = go(names=["constant"], tasks=load_tasks({"chem": tmp_path / "chem"}))
+    by = {r["metric"]: r for r in found.rows() if r["domain"] == "chem"}
+    assert by["score"]["score"] == pytest.approx(1 / 3, abs=1e-6)
+    assert by["mae"]["score"] == pytest.approx(1.0)
+    assert by["mae"]["task"] == "gap"
+    assert by["r2"]["score"] == pytest.approx(1 - (1 + 0 + 4) / (14 / 3), abs=1e-5)
+    assert by["mae"]["low"] is None
+
+
+def test_a_prompt_beyond_the_window(go, world, tmp_path):
+    long = write_rows(tmp_path / "long.jsonl", [chat("a", "b"), chat("ab" * 600, "b")])
+    with pytest.raises(PromptError, match=r"base: .*long\.jsonl:2: 12\d\d tokens and 4 new ones .* window of 1024"):
+        go(names=["base"], tasks=load_tasks({"long": long}))
+
+
+def test_what_makes_no_sense(go, world, tmp_path):
+    with pytest.raises(ConfigError, match="at least one task"):
+        go(tasks=[])
+    with pytest.raises(ConfigError, match="against='oracle'"):
+        go(names=["base"], against="oracle")
+    tasks = load_tasks(world[1])
+    with pytest.raises(ConfigError, match="must differ"):
+        go(tasks=[tasks[0], tasks[0]])
+
+
+# --- tasks ---
+
+
+def test_rows_bring_their_scorer_or_take_the_default(tmp_path):
+    rows = [chat("a", "1"), {**chat("b", "2"), "scorer": "exact", "task": "t"}]
+    (task,) = load_tasks({"mine": write_rows(tmp_path / "mine.jsonl", rows)}, scorer="number")
+    assert [q.scorer.name for q in task.questions] == ["number", "exact"]
+    assert [q.task for q in task.questions] == ["mine", "t"]
+    assert [q.experts for q in task.questions] == [("mine",), ("mine",)]
+    assert task.parts == ("mine", "t")
+    assert task.train == ()
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ({**chat("a", "b"), "scorer": "nonsense"}, ":2: no scorer named 'nonsense'"),
+        ({**chat("a", "b"), "scorer": "os:getcwd"}, ":2: scorer: expected a scorer's name"),
+        ({**chat("a", "b"), "scorer": "number"}, ":2: expected a number as the right answer"),
+        ({**chat("a", "1"), "scorer": "number", "options": [1]}, ":2: options: expected an object, found list"),
+        ({**chat("a", "1"), "scorer": "number", "options": {"tolerance": -1}}, ":2: .*tolerance"),
+        ({**chat("a", "1"), "domain": 3}, ":2: domain: expected a name, found 3"),
+        ({"prompt": "a"}, ":2: expected 'messages'"),
+    ],
+)
+def test_wrong_rows_are_named_by_file_and_line(tmp_path, line, says):
+    path = write_rows(tmp_path / "mine.jsonl", [chat("a", "b"), line])
+    with pytest.raises(DataError, match=rf"mine\.jsonl{says}"):
+        load_tasks({"mine": path})
+
+
+def test_files_that_are_not_there(tmp_path):
+    with pytest.raises(NotFoundError, match=r"nowhere\.jsonl: expected a file of rows"):
+        load_tasks({"a": tmp_path / "nowhere.jsonl"})
+    (tmp_path / "a.csv").write_text("x")
+    with pytest.raises(DataError, match=r"a\.csv: expected a file of rows that ends in \.jsonl"):
+        load_tasks({"a": tmp_path / "a.csv"})
+    with pytest.raises(DataError, match="expected rows with a right answer, found none"):
+        load_tasks({"a": write_rows(tmp_path / "a.jsonl", [chat("a", " ")])})
+    with pytest.raises(NotFoundError, match=r"test\.jsonl"):
+        load_tasks({"a": tmp_path})
+
+
+# --- answers on the disk ---
+
+
+def test_an_answer_file(tmp_path):
+    path = tmp_path / "deep" / file_name("single:a/b")
+    assert path.name == "single-a-b.jsonl"
+    kept = {"k": Kept("text", 3, {"a": 0.25, "b": 0.75}, 0.5)}
+    file = AnswerFile(path, {"model": "x"})
+    file.add(kept)
+    file.add_losses({"k": 1.5})
+    file.add_peak(10.0)
+    file.add_peak(7.0)
+    again = AnswerFile(path, {"model": "x"})
+    assert again.answers == kept
+    assert again.losses == {"k": 1.5}
+    assert again.peak_mb == 10.0
+    assert again.replaced == ()
+    other = AnswerFile(path, {"model": "y", "extra": 1})
+    assert other.answers == {}
+    assert other.replaced == ("model", "extra")
+    assert AnswerFile(path.with_name(f"{path.name}.old"), {"model": "x"}).answers == kept
+
+
+def test_damaged_answers_are_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"identity": {"m": 1}}\nnonsense\n')
+    with pytest.raises(ConfigError, match="remove it"):
+        AnswerFile(path, {"m": 1})
+    with pytest.raises(ConfigError, match="cannot be written"):
+        AnswerFile(path / "below" / "b.jsonl", {"m": 1})
+
+
+def test_digests(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.json").write_text("{}")
+    (tmp_path / "a" / "training.json").write_text("1")
+    first = folder_digest(tmp_path / "a")
+    (tmp_path / "a" / "training.json").write_text("2")
+    assert folder_digest(tmp_path / "a") == first
+    (tmp_path / "a" / "config.json").write_text("{ }")
+    assert folder_digest(tmp_path / "a") != first
+
+
+def test_the_lead():
+    assert lead({"a": 0.2, "b": 0.7}) == "b"
+    assert lead({"a": 0.0}) is None
+    assert lead({}) is None

@@ -1,0 +1,48 @@
+"""Sets of rows by name; nothing is fetched here."""
+
+from pathlib import Path
+
+import pytest
+
+from xloom.errors import NotFoundError
+from xloom.suite import shelf
+from xloom.suite.domains import DomainFiles
+from xloom.suite.shelf import find_rows, rows_of
+from xloom.training.rows import Source, find_source
+
+
+def test_general_rows_need_nothing_but_the_package(tmp_path: Path):
+    files = rows_of("general", tmp_path)
+    assert files.test == tmp_path / "general" / "test.jsonl"
+    assert files.test.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("suite:material:train", "did you mean 'materials'"),
+        ("suite:materials:tests", "a split of train, valid, test, found 'tests'"),
+        ("suite:materials", "found ''"),
+        ("suite::train", "no set of rows ''"),
+    ],
+)
+def test_misspelt_names_are_said(word: str, said: str):
+    with pytest.raises(NotFoundError, match=said):
+        find_rows(word)
+
+
+def test_a_set_without_rows_in_a_split_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    empty = tmp_path / "train.jsonl"
+    empty.touch()
+    files = DomainFiles("unseen", train=empty, valid=empty, test=empty, card=empty)
+    monkeypatch.setattr(shelf, "rows_of", lambda name: files)
+    with pytest.raises(NotFoundError, match="suite:unseen:train: this set has no train rows"):
+        find_rows("suite:unseen:train")
+
+
+def test_recipes_can_name_rows_of_the_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rows = tmp_path / "train.jsonl"
+    rows.write_text("{}\n")
+    files = DomainFiles("materials", train=rows, valid=rows, test=rows, card=rows)
+    monkeypatch.setattr(shelf, "rows_of", lambda name: files)
+    assert find_source("suite:materials:train", tmp_path / "elsewhere") == Source(rows)
