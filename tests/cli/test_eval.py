@@ -85,7 +85,7 @@ def test_all_systems(run, tmp_path):
     assert page.count("| twin |") >= 5
     assert "nan" not in page
     assert files[2].read_bytes().startswith(b"\x89PNG")
-    assert len(list((tmp_path / "out" / "answers").iterdir())) == 25
+    assert len(list((tmp_path / "out" / "answers").iterdir())) == 24
 
 
 def test_a_second_run_only_prints(run, tmp_path):

@@ -15,16 +15,23 @@ from xloom.evaluation.results import MEAN, Evaluation, Outcome
 from xloom.evaluation.statistics import RESAMPLES, Interval
 
 WIDTH = 100  # columns of a terminal that tables fit into
-_CELL = 10  # of a column of figures, the gap before it included
+_CELL = 9  # of a column of figures: 100.0 ±10
+_GAP = 1
 _LIBRARIES = ("xloom", "torch", "transformers", "peft", "numpy")
 
 
 def tables(found: Evaluation, width: int = WIDTH) -> list[Table]:
     """Systems down, columns across, in per cent with half the 95 % interval; wide ones folded, the means first."""
     label = min(max(len(o.system) for o in found.outcomes), 30)
-    fit = max(1, (width - label - 2) // _CELL)
-    heads = _headings(found)
-    parts = [heads[start : start + fit] for start in range(0, len(heads), fit)]
+    parts: list[list[str]] = []
+    room = 0
+    for heading in _headings(found):
+        need = _width(heading) + _GAP
+        if not parts or need > room:
+            parts.append([])
+            room = width - label - _GAP
+        parts[-1].append(heading)
+        room -= need
     return [_table(found, part, label, first=not number) for number, part in enumerate(parts)]
 
 
@@ -80,6 +87,10 @@ def _headings(found: Evaluation) -> list[str]:
     return [*first, *found.columns]
 
 
+def _width(heading: str) -> int:
+    return min(max(_CELL, len(heading)), 20)
+
+
 def _value(found: Evaluation, heading: str, system: str) -> Interval | None:
     if heading == MEAN:
         return found.score(system)
@@ -88,17 +99,19 @@ def _value(found: Evaluation, heading: str, system: str) -> Interval | None:
 
 def _table(found: Evaluation, headings: Sequence[str], label: int, *, first: bool) -> Table:
     title = "score, % (± half the 95 % interval; best in bold)" if first else None
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table = Table(title=title, title_justify="left", box=None, padding=(0, _GAP, 0, 0))
     table.add_column("", min_width=label, max_width=label, overflow="fold")
     for heading in headings:
-        table.add_column(heading, justify="right", min_width=_CELL - 1, max_width=_CELL - 1, overflow="fold")
+        size = _width(heading)
+        table.add_column(heading, justify="right", min_width=size, max_width=size, overflow="fold")
     best = {heading: _best(found, heading) for heading in headings}
     for outcome in found.outcomes:
         cells = []
         for heading in headings:
             value = _value(found, heading, outcome.system)
             text = "-" if value is None else f"{100 * value.value:.1f} ±{100 * value.half:.0f}"
-            cells.append(Text(text, style="bold" if value is not None and value.value == best[heading] else ""))
+            leads = value is not None and value.value == best[heading] and outcome.system != ORACLE
+            cells.append(Text(text, style="bold" if leads else ""))
         table.add_row(Text(outcome.system, style="bold" if outcome.system == HEAD else ""), *cells)
     return table
 
@@ -121,7 +134,8 @@ def _score_lines(found: Evaluation) -> Iterator[str]:
         for heading in headings:
             value = _value(found, heading, outcome.system)
             text = _interval(value)
-            yield f"**{text}**" if value is not None and value.value == best[heading] else text
+            leads = value is not None and value.value == best[heading] and outcome.system != ORACLE
+            yield f"**{text}**" if leads else text
 
     yield "Per cent, with 95 % bootstrap intervals; the best of a column, the Oracle aside, in bold."
     yield ""
@@ -262,7 +276,8 @@ def _interval(value: Interval | None) -> str:
 
 
 def _points(row: dict[str, Any]) -> str:
-    return f"{100 * row['score']:+.1f} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})"
+    value, low, high = (f"{round(100 * row[key], 1) + 0.0:+.1f}" for key in ("score", "low", "high"))  # no -0.0
+    return f"{value} ({low} to {high})"
 
 
 def _percent(value: float | None) -> str:

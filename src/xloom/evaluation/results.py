@@ -123,6 +123,10 @@ class Evaluation:
 
     def rows(self) -> list[dict[str, Any]]:
         """One flat row for every figure: router, domain, task, metric, score, low, high, oracle_normalised, items."""
+        return list(self._rows)
+
+    @cached_property
+    def _rows(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
         for outcome in self.outcomes:
             for task in self.tasks:
@@ -139,6 +143,9 @@ class Evaluation:
         for part in task.parts:
             at = [i for i, question in enumerate(task.questions) if question.task == part]
             yield _row(name, task.name, part, "score", _mean(column.scores[at], f"{task.name}/{part}"), len(at))
+        if self.against is not None and self.comparison.has((task.name,), self.against):
+            difference = self.comparison.difference((task.name,), name, self.against)
+            yield {**_row(name, task.name, None, "difference", difference, len(column.grades)), "against": self.against}
         yield from self._error_rows(outcome, task)
         if column.losses:
             losses = np.array(column.losses)

@@ -115,8 +115,10 @@ def _one(
     if left := [task.name for task in bench.tasks if task not in tasks]:
         notes.append(f"{system.name}: lacks what it needs for {names(left, 20)}")
     questions = [question for task in tasks for question in task.questions]
-    path = None if output is None else output / "answers" / file_name(system.name)
-    file = AnswerFile(path, _identity(system, bench, digest))
+    path = output / "answers" / file_name(system.name) if output is not None and system.kept else None
+    with _preparing():
+        identity = _identity(system, bench, digest)
+    file = AnswerFile(path, identity)
     if file.replaced:
         notes.append(f"{system.name}: answered anew, as it differs from what was kept in: {names(file.replaced)}")
     with _preparing():
@@ -171,7 +173,7 @@ def _fill(system: System, bench: Bench, asked: _Asked, file: AnswerFile, loss: b
             if found is None:
                 break
             file.add_losses({asked.loss_keys[i]: value for i, value in zip(some, found, strict=True)})
-    if missing and memory.mb is not None:
+    if memory.mb is not None and any(file.answers[asked.keys[place]].tokens for place in missing):
         file.add_peak(memory.mb)
 
 

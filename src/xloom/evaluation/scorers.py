@@ -191,8 +191,10 @@ def _molecule(answer: str, right: str, options: Options, folder: Path) -> Grade:
 def canonical(smiles: str) -> str | None:
     """RDKit's canonical SMILES of a molecule, or None for a text that is none."""
     chem = _optional("rdkit.Chem", "smiles")
+    words = smiles.split()
     with _optional("rdkit.rdBase", "smiles").BlockLogs():
-        molecule = chem.MolFromSmiles(smiles.strip()) if smiles.strip() else None
+        # RDKit would take what follows a blank for the molecule's name
+        molecule = chem.MolFromSmiles(words[0]) if len(words) == 1 else None
     return str(chem.MolToSmiles(molecule)) if molecule is not None else None
 
 

@@ -28,6 +28,7 @@ from xloom.training.data import tokenise_all
 
 SLACK = 2  # tokens that an answer may have more than the longest right one of its kind
 FREE_TOKENS = 24  # of answers in free words, whose length the right one does not tell
+_MEASURED = 32  # right answers with the most letters, among which that with the most tokens is sought
 SAMPLES = 24  # training prompts of each expert for routers that are fitted
 
 _ON_DELTAS: Mapping[Method, Method] = {
@@ -61,12 +62,13 @@ class Bench:
     @cached_property
     def budgets(self) -> Mapping[tuple[str, str], int]:
         """New tokens at most, by column and kind of question: those of the longest right answer, and `SLACK`."""
-        found: dict[tuple[str, str], int] = {}
-        for task in self.tasks:
-            known = [*task.questions, *task.train]
-            for question, (ids, start) in zip(known, self.encode(known), strict=True):
-                kind = (task.name, question.task)
-                found[kind] = max(found.get(kind, 0), len(ids) - start + SLACK)
+        kinds: dict[tuple[str, str], list[Question]] = {}
+        for question in (question for task in self.tasks for question in (*task.questions, *task.train)):
+            kinds.setdefault((question.column, question.task), []).append(question)
+        found = {}
+        for kind, known in kinds.items():
+            known.sort(key=lambda question: len(question.right), reverse=True)
+            found[kind] = max(len(ids) - start for ids, start in self.encode(known[:_MEASURED])) + SLACK
         return found
 
     def budget(self, question: Question) -> int:
@@ -128,9 +130,11 @@ class System(ABC):
         name: as it is asked for and as it stands in tables.
         about: one line about it.
         routes: whether its scalings tell which expert it takes to be the right one.
+        kept: whether its answers are worth keeping.
     """
 
     routes = False
+    kept = True
 
     def __init__(self, name: str, about: str) -> None:
         self.name, self.about = name, about
@@ -215,14 +219,13 @@ class _ModelReady(Ready):
 class Constant(System):
     """The best constant answer to every kind of question."""
 
+    kept = False
+
     @contextmanager
     def ready(self, bench: Bench) -> Iterator[Ready]:
         train = [question for task in bench.tasks for question in task.train]
         asked = [question for task in bench.tasks for question in task.questions]
         yield _ConstantReady(Constants(train, asked))
-
-    def settings(self, bench: Bench) -> dict[str, Any]:
-        return {"train": _digest_of_train(bench)}
 
 
 class _ConstantReady(Ready):
@@ -251,9 +254,6 @@ class FewShot(System):
             out.append(replace(question, row=with_shots(question.row, shots[kind])))
         return out
 
-    def settings(self, bench: Bench) -> dict[str, Any]:
-        return {}  # the prompts say it all
-
     @contextmanager
     def ready(self, bench: Bench) -> Iterator[Ready]:
         base = BaseOnly()
@@ -271,6 +271,7 @@ class Routed(System):
         make: the router, from the bench; asked once.
         settings: what it was made from, as JSON values.
         fields: of the model's config, changed for as long as it answers.
+        fitted: whether `make` looks at the bench's samples.
     """
 
     def __init__(
@@ -289,7 +290,7 @@ class Routed(System):
         self._settings, self._fields = dict(settings or {}), dict(fields or {})
 
     def settings(self, bench: Bench) -> dict[str, Any]:
-        return {**self._settings, **self._fields, **({"train": _digest_of_train(bench)} if self._fitted else {})}
+        return {**self._settings, **self._fields, **({"samples": _digest(bench.samples())} if self._fitted else {})}
 
     @contextmanager
     def ready(self, bench: Bench) -> Iterator[Ready]:
@@ -329,7 +330,7 @@ class Nearest(System):
         self._top_k = top_k
 
     def settings(self, bench: Bench) -> dict[str, Any]:
-        return {"train": _digest_of_train(bench)}
+        return {"samples": _digest(bench.samples())}
 
     @contextmanager
     def ready(self, bench: Bench) -> Iterator[Ready]:
@@ -442,9 +443,5 @@ def _changed(config: XLoraConfig, fields: Mapping[str, Any]) -> Iterator[None]:
             setattr(config, name, value)
 
 
-def _digest_of_train(bench: Bench) -> str:
-    found = hashlib.sha256()
-    for task in bench.tasks:
-        for question in task.train:
-            found.update(repr((question.row.prompt, question.row.completion)).encode())
-    return found.hexdigest()
+def _digest(samples: Mapping[str, Sequence[tuple[int, ...]]]) -> str:
+    return hashlib.sha256(repr(samples).encode()).hexdigest()

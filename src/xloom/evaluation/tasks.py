@@ -16,7 +16,7 @@ from xloom.errors import ConfigError, DataError, MissingExtraError, NotFoundErro
 from xloom.evaluation.scorers import Custom, Grade, Scorer, check, find_scorer
 from xloom.training.rows import Row, read_rows
 
-MOST_TASKS = 12  # of a column that has a line for each of them: joined questions are of too many kinds
+MOST_TASKS = 12  # of a column that has a figure for each of them
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ class Task:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Names of the kinds of questions, if there are several and not too many."""
+        """Names of the kinds of questions, if there are several and not too many; not of joined ones."""
         found = tuple(dict.fromkeys(question.task for question in self.questions))
-        return found if 1 < len(found) <= MOST_TASKS else ()
+        return found if 1 < len(found) <= MOST_TASKS and not any("+" in kind for kind in found) else ()
 
 
 def load_tasks(
