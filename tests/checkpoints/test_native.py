@@ -520,7 +520,12 @@ def copied_adapters(folder: Path) -> dict[str, str]:
 def test_experts_can_stay_in_their_own_folders(tmp_path: Path):
     model = made(tmp_path)
     model.save_pretrained(tmp_path / "one", include_experts=False)
-    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["config.json", "head.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == [
+        "config.json",
+        "experts.json",
+        "head.safetensors",
+    ]
+    assert AutoConfig.from_pretrained(tmp_path / "one").experts == list(model.experts)
     assert_same(model, XLoraForCausalLM.from_pretrained(tmp_path / "one"))
 
 
@@ -539,7 +544,7 @@ def test_a_model_says_which_expert_is_gone(tmp_path: Path):
     made(tmp_path, experts=names).save_pretrained(tmp_path / "one", include_experts=False)
     gone = list(names)[1]
     shutil.rmtree(names[gone])
-    with pytest.raises(NotFoundError, match=rf"expert_folders: expected the LoRA folder of expert '{gone}'"):
+    with pytest.raises(NotFoundError, match=rf"experts.json: expected the LoRA folder of expert '{gone}'"):
         XLoraForCausalLM.from_pretrained(tmp_path / "one")
 
 
@@ -547,6 +552,9 @@ def test_only_our_format_and_unchanged_experts_can_stay_outside(tmp_path: Path):
     model = made(tmp_path)
     with pytest.raises(ConfigError, match="include_experts=False belongs to format='xloom'"):
         model.save_pretrained(tmp_path / "one", format="peft", include_experts=False)
+    model.save_pretrained(tmp_path / "two", include_experts=False)
+    model.save_pretrained(tmp_path / "two")
+    assert not (tmp_path / "two" / "experts.json").exists()
     trained = made(tmp_path, use_trainable_adapters=True)
     with pytest.raises(ConfigError, match="trained experts are no longer those"):
         trained.save_pretrained(tmp_path / "one", include_experts=False)

@@ -62,6 +62,7 @@ def test_rows(go):
         assert ("constant", domain, None, "loss") not in by
     means = [by["single:chem", domain, None, "score"]["score"] for domain in DOMAINS]
     assert by["single:chem", "mean", None, "score"]["score"] == pytest.approx(sum(means) / 3, abs=1e-5)
+    assert by["single:chem", "mean", None, "score"]["items"] == 12
     assert by["oracle", "mean", None, "score"]["oracle_normalised"] == 1
     assert by["xlora", "mean", None, "difference"]["score"] == 0
     difference = by["oracle", "mean", None, "difference"]

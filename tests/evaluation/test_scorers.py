@@ -32,7 +32,7 @@ def grade(name, answer, right, **options):
         ("number", "about 7.4 eV, or 3", "7", {"tolerance": 0.5}, 1),
         ("number", "7.6", "7.0", {"tolerance": 0.5}, 0),
         ("number", "\u22121.5", "-1.5", {}, 1),
-        ("number", "0.3", "0.2", {"tolerance": 0.1}, 1),
+        ("number", "0.4", "0.3", {"tolerance": 0.1}, 1),
         ("number", "none", "1", {"tolerance": 10}, 0),
         ("number", "qm9 says 4", "4", {}, 1),
         ("number", "[0.262]", "[0.300]", {"tolerance": 0.05}, 1),

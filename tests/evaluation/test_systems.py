@@ -1,11 +1,13 @@
 """Every system answers as a model set up by hand does, and leaves the bench's model as it was."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from worlds import DOMAINS, encode, tiny_model, write_domains
 
+from tiny import make_expert
 from toy import chat, tiny_tokenizer, write_rows
 from xloom import XLoraForCausalLM
 from xloom.errors import ConfigError, UnknownExpertError
@@ -147,6 +149,17 @@ def test_merged_experts(world):
 def test_collapse_is_an_adapter_on_the_base(world):
     _, _, folder = world
     assert answers_of(world, "collapse", collapse=folder / "experts" / "chem") == answers_of(world, "single:chem")
+
+
+def test_an_adapter_leaves_nothing_behind(world, tmp_path):
+    """Not even at a module that no expert of the model adapts."""
+    model, _, _ = world
+    before, embedding = answers_of(world, "base"), model.get_input_embeddings()
+    with model.plain_base() as base:
+        folder = make_expert(base, tmp_path / "odd", 3, scale=2.0, r=2, target_modules=["embed_tokens"])
+    assert answers_of(world, "collapse", collapse=Path(folder)) != before
+    assert answers_of(world, "base") == before
+    assert model.get_input_embeddings() is embedding
 
 
 def test_another_model(world):

@@ -35,8 +35,8 @@ __all__ = [
 
 # Top-level names of all formats: what an older checkpoint left in a folder must not be taken for part of the new one.
 _MARKERS = (
-    native.CONFIG, native.HEAD, native.SCORE, native.EXPERTS, native.BASE, CONFIG_FILE, WEIGHTS_FILE, xlora.CONFIG,
-    xlora.HEAD, mistralrs.ORDERING,
+    native.CONFIG, native.HEAD, native.SCORE, native.EXPERTS, native.EXPERT_FOLDERS, native.BASE, CONFIG_FILE,
+    WEIGHTS_FILE, xlora.CONFIG, xlora.HEAD, mistralrs.ORDERING,
 )  # fmt: skip
 
 Format = Literal["xloom", "peft", "xlora", "mistralrs"]

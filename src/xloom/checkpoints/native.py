@@ -3,7 +3,8 @@
 config.json                XLoraConfig, with the base's config, expert and site names
 head.safetensors           ScalingHead.state_dict
 score.safetensors          for classification: the state_dict of the base's score head
-experts/<name>/            a PEFT LoRA folder each; or config.json says where they are, as ways from this folder
+experts/<name>/            a PEFT LoRA folder each
+experts.json               instead of experts/: where they are, as ways from this folder
 base/                      optional: the base as transformers saves it
 """
 
@@ -17,14 +18,14 @@ from xloom.experts import Expert
 from xloom.files import naming, read_json, read_tensors, write_json, write_tensors
 
 CONFIG, HEAD, SCORE, EXPERTS, BASE = "config.json", "head.safetensors", "score.safetensors", "experts", "base"
-EXPERT_FOLDERS = "expert_folders"  # in config.json
+EXPERT_FOLDERS = "experts.json"
 
 
 def read(folder: Path) -> Saved:
     raw = read_json(folder / CONFIG)
     if not raw.get("experts"):
         raise TruncatedFileError(f"{folder / CONFIG}: names no experts")
-    elsewhere = raw.pop(EXPERT_FOLDERS, {})
+    elsewhere = read_json(folder / EXPERT_FOLDERS) if (folder / EXPERT_FOLDERS).is_file() else {}
     with naming(folder / CONFIG):
         config = XLoraConfig(**raw)
     experts = {name: _read_expert(name, folder, elsewhere) for name in config.experts or []}
@@ -55,13 +56,14 @@ def write(saved: Saved, folder: Path, *, final: Path) -> None:
     config.pop("_name_or_path", None)
     if isinstance(config.get("base_config"), dict):
         config["base_config"].pop("_name_or_path", None)
-    if saved.expert_folders is not None:
-        config[EXPERT_FOLDERS] = {name: way(path, final) for name, path in saved.expert_folders.items()}
     write_json(folder / CONFIG, config)
     write_tensors(folder / HEAD, saved.head)
     if saved.score:
         write_tensors(folder / SCORE, saved.score)
-    for name, expert in saved.experts.items() if saved.expert_folders is None else ():
+    if saved.expert_folders is not None:
+        write_json(folder / EXPERT_FOLDERS, {name: way(path, final) for name, path in saved.expert_folders.items()})
+        return
+    for name, expert in saved.experts.items():
         write_expert(expert, folder / EXPERTS / name)
 
 
@@ -82,6 +84,6 @@ def _read_expert(name: str, folder: Path, elsewhere: dict[str, str]) -> Expert:
     place = (folder / elsewhere[name]).resolve()
     if not place.is_dir():
         raise NotFoundError(
-            f"{folder / CONFIG}: {EXPERT_FOLDERS}: expected the LoRA folder of expert {name!r} at {place}, found none"
+            f"{folder / EXPERT_FOLDERS}: expected the LoRA folder of expert {name!r} at {place}, found nothing"
         )
     return Expert.from_pretrained(place)

@@ -19,13 +19,12 @@ from xloom.model import XLoraForCausalLM
 from xloom.suite.base_model import BUILTIN_BASE, builtin_base
 from xloom.suite.domains import DOMAINS, DomainFiles, build_suite
 from xloom.suite.items import join_questions
-from xloom.suite.shipped import expert_folders, model_folder
+from xloom.suite.shipped import expert_folders
 from xloom.training.head import train_head
 from xloom.training.recipe import Domain, HeadRecipe
 
 SHOWN = ("materials", "peptides", "reasoning")  # the domains whose rows are there soonest
 SYSTEMS = ("constant", "base", *(f"single:{name}" for name in SHOWN), "uniform", "oracle", "xlora")
-SHIPPED = "single-pass"
 
 
 def run(folder: Path, *, head_steps: int, items: int) -> Evaluation:
@@ -54,19 +53,17 @@ def run(folder: Path, *, head_steps: int, items: int) -> Evaluation:
         found = evaluate(model, tokenizer, tasks, systems, output=folder / "answers", watch=watch)
     for table in tables(found, min(WIDTH, console.width)):
         console.print(table)
-    model.unload()
 
-    _say(console, 5, f"the shipped model {SHIPPED} with all {len(experts)} experts: each token in its leader's colour")
-    shipped = XLoraForCausalLM.from_pretrained(model_folder(SHIPPED))
+    _say(console, 5, "a question of each domain, and two in one: each token in the colour of the expert that leads it")
     for question in _asked(tasks):
         prompt = question["prompt"]
         console.print(Text(f"\n> {prompt[-1]['content']}", style="bold"))
-        ids = encode(tokenizer, prompt, shipped, raw=False)
-        written = write_one(shipped, tokenizer, ids, Sampling(max_new_tokens=16), console)
+        ids = encode(tokenizer, prompt, model, raw=False)
+        written = write_one(model, tokenizer, ids, Sampling(max_new_tokens=16), console)
         console.print(Text(f"right: {question['completion'][0]['content']}", style="dim"))
         console.print(share_table(written))
     console.print(f"\n[bold]How the head was trained:[/bold] {_short(path)}/report.html")
-    console.print(f"[bold]Yours to use:[/bold] xloom chat {_short(model_folder(SHIPPED))}")
+    console.print(f"[bold]Yours to use:[/bold] xloom chat {_short(path)}")
     return found
 
 

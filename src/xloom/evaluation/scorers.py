@@ -26,7 +26,7 @@ Options = Mapping[str, Any]
 Custom = Callable[[str, dict[str, Any]], float]
 
 _NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?")
-_SLACK = 1e-9  # of a tolerance: 0.3 - 0.2 is not 0.1
+_SLACK = 1e-9  # of a tolerance: 0.4 - 0.3 is more than 0.1
 
 
 @dataclass(frozen=True)

@@ -269,7 +269,6 @@ class Routed(System):
 
     Args:
         make: the router, from the bench; asked once.
-        settings: what it was made from, as JSON values.
         fields: of the model's config, changed for as long as it answers.
         fitted: whether `make` looks at the bench's samples.
     """
@@ -281,16 +280,15 @@ class Routed(System):
         make: Callable[[Bench], Router],
         *,
         routes: bool = False,
-        settings: Mapping[str, Any] | None = None,
         fields: Mapping[str, Any] | None = None,
         fitted: bool = False,
     ) -> None:
         super().__init__(name, about)
         self._make, self.routes, self._fitted = make, routes, fitted
-        self._settings, self._fields = dict(settings or {}), dict(fields or {})
+        self._fields = dict(fields or {})
 
     def settings(self, bench: Bench) -> dict[str, Any]:
-        return {**self._settings, **self._fields, **({"samples": _digest(bench.samples())} if self._fitted else {})}
+        return self._fields | ({"samples": _digest(bench.samples())} if self._fitted else {})
 
     @contextmanager
     def ready(self, bench: Bench) -> Iterator[Ready]:
