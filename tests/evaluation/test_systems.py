@@ -12,10 +12,10 @@ from toy import chat, tiny_tokenizer, write_rows
 from xloom import XLoraForCausalLM
 from xloom.errors import ConfigError, UnknownExpertError
 from xloom.evaluation import evaluate, find_systems, load_tasks
+from xloom.evaluation.bench import Bench, right_experts
 from xloom.evaluation.decoding import Prompt, decode
 from xloom.evaluation.registry import all_names
 from xloom.evaluation.shots import Constants, best_constant, solved
-from xloom.evaluation.systems import Bench, right_experts
 from xloom.merging import merge_experts
 from xloom.routers import Arrow, BaseOnly, Centroid, Fixed, PerRow, Single, SpectR, Uniform, XLora
 

@@ -9,18 +9,18 @@ The files, in the order in which a run passes through them:
 
     scorers     from an answer to a grade                tasks       what is asked
     decoding    fast greedy answers                      shots       what training rows give to simple systems
-    systems     ways to answer; registry: by name        store       answers kept in files
+    bench       what systems share; systems; registry    store       answers kept in files
     run         evaluate                                 statistics  means, intervals
-    results     flat rows                                report, plot  for reading; matches: the demo's short form
+    results     flat rows                                report, plot  for reading
 """
 
+from xloom.evaluation.bench import Bench
 from xloom.evaluation.decoding import decode, losses
-from xloom.evaluation.matches import Score, answers, expected, score
 from xloom.evaluation.registry import all_names, find_systems
 from xloom.evaluation.results import Evaluation
 from xloom.evaluation.run import Watch, evaluate
 from xloom.evaluation.scorers import Grade, Scorer, find_scorer
-from xloom.evaluation.systems import Bench, System
+from xloom.evaluation.systems import System
 from xloom.evaluation.tasks import Question, Task, load_tasks
 
 __all__ = [
@@ -28,19 +28,15 @@ __all__ = [
     "Evaluation",
     "Grade",
     "Question",
-    "Score",
     "Scorer",
     "System",
     "Task",
     "Watch",
     "all_names",
-    "answers",
     "decode",
     "evaluate",
-    "expected",
     "find_scorer",
     "find_systems",
     "load_tasks",
     "losses",
-    "score",
 ]

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from xloom.evaluation.bench import right_experts
 from xloom.evaluation.registry import ORACLE
 from xloom.evaluation.scorers import Grade
 from xloom.evaluation.statistics import Comparison, Interval, errors, mean_interval
 from xloom.evaluation.store import Kept
-from xloom.evaluation.systems import right_experts
 from xloom.evaluation.tasks import Question, Task
 
 MEAN = "mean"

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from xloom.errors import ConfigError, XLoomError, names
+from xloom.evaluation.bench import Bench
 from xloom.evaluation.decoding import BATCH_TOKENS, Answer, Prompt
 from xloom.evaluation.memory import PeakMemory
 from xloom.evaluation.results import Column, Evaluation, Outcome
 from xloom.evaluation.scorers import Grade
 from xloom.evaluation.store import AnswerFile, Kept, file_name, folder_digest, model_digest, question_key
-from xloom.evaluation.systems import Bench, System
+from xloom.evaluation.systems import System
 from xloom.evaluation.tasks import Question, Task
 from xloom.model import XLoraForCausalLM
 
