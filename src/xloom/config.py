@@ -283,7 +283,7 @@ def check_field_names(fields: Sequence[str]) -> None:
     filled_in = [name for name in fields if name in FILLED_IN]
     if filled_in:
         raise ConfigError(f"{names(filled_in)}: follows from the base and the experts; leave it out")
-    unknown = [name for name in fields if name not in _own_fields()]
+    unknown = [name for name in fields if name not in own_fields()]
     if unknown:
         raise ConfigError("; ".join(_unknown_field(name) for name in unknown))
 
@@ -310,10 +310,11 @@ def layer_types(text_config: PreTrainedConfig) -> list[str]:
     return list(types)
 
 
-def _own_fields() -> set[str]:
+def own_fields() -> set[str]:
+    """Names of the fields that are X-LoRA's and not of every transformers config."""
     return set(XLoraConfig.__annotations__)
 
 
 def _unknown_field(name: str) -> str:
-    near = difflib.get_close_matches(name, sorted(_own_fields()), n=1)
+    near = difflib.get_close_matches(name, sorted(own_fields()), n=1)
     return f"unknown field {name!r}" + (f" (did you mean {near[0]!r}?)" if near else "")

@@ -126,19 +126,42 @@ def test_the_kept_answers_are_those_of_a_fresh_run(go, tmp_path):
     assert fresh.rows() == kept.rows() == again.rows()
 
 
-def test_another_model_starts_anew(go, world, tmp_path):
+def test_another_head_starts_anew_what_reads_it(go, world, tmp_path):
     model = world[0]
     before, _ = go(tmp_path, names=["xlora", "base"])
-    digest = model_digest(model)
+    digest = model_digest(model, head=True)
     with torch.no_grad():
         model.head.linears[-1].weight[0, 0] += 0.5
-        assert model_digest(model) != digest
+        assert model_digest(model, head=True) != digest
         found, asked = go(tmp_path, names=["xlora", "base"])
         model.head.linears[-1].weight[0, 0] -= 0.5
-    assert asked == {"xlora": 12, "base": 12}
+    assert asked == {"xlora": 12, "base": 0}
     assert "xlora: answered anew, as it differs from what was kept in: model" in found.notes
     assert (tmp_path / "answers" / "xlora.jsonl.old").is_file(), "hours of answers are not thrown away"
     assert len(before.outcomes) == 2
+
+
+def test_other_experts_start_everything_anew(go, world, tmp_path):
+    model = world[0]
+    go(tmp_path, names=["xlora", "base"])
+    weights = next(tensor for name, tensor in sorted(model.state_dict().items()) if name.endswith("A_RI"))
+    with torch.no_grad():
+        weights.view(-1)[0] += 0.5
+        _, asked = go(tmp_path, names=["xlora", "base"])
+        weights.view(-1)[0] -= 0.5
+    assert asked == {"xlora": 12, "base": 12}
+
+
+def test_the_heads_settings_count_for_what_reads_it(world):
+    model = world[0]
+    digests = {head: model_digest(model, head=head) for head in (True, False)}
+    temperature = model.config.softmax_temperature
+    model.config.softmax_temperature = 2 * temperature
+    try:
+        assert model_digest(model, head=True) != digests[True]
+        assert model_digest(model, head=False) == digests[False]
+    finally:
+        model.config.softmax_temperature = temperature
 
 
 def test_a_system_that_cannot_be_made_is_named(go, world, tmp_path):

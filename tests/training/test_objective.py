@@ -16,6 +16,7 @@ from xloom.training.objective import (
     imbalance,
     mean_over_tokens,
     posterior,
+    routing_losses,
     token_losses,
 )
 
@@ -42,6 +43,20 @@ def test_means_entropies_and_imbalance_leave_padding_out(shape: tuple[int, ...],
     mean = (sum(everything) / len(everything)).tolist()
     expected = math.log(C) + sum(p * math.log(p) for p in mean)
     assert math.isclose(imbalance(shares, mask).item(), expected, abs_tol=1e-9)
+
+
+@given(sizes, st.integers(0, 99))
+def test_the_routing_term_counts_rows_and_the_tokens_before_each_answer(shape: tuple[int, ...], seed: int) -> None:
+    B, T, S, C = shape
+    shares, mask = shares_and_mask((B, T + 1, S, C), seed)
+    rows, tokens = torch.rand(B, C, dtype=torch.float64), torch.rand(B, T, C, dtype=torch.float64)
+    expected = 0.0
+    for b in range(B):
+        mean = sum(shares[b, t].mean(dim=0) for t in range(T + 1) if mask[b, t]) / mask[b].sum()
+        expected -= (rows[b] * mean.log()).sum()
+        for k in range(T):
+            expected -= (tokens[b, k] * shares[b, k].mean(dim=0).log()).sum()
+    torch.testing.assert_close(routing_losses(shares, mask, rows, tokens), expected)
 
 
 def test_entropy_of_the_extremes() -> None:

@@ -1,11 +1,14 @@
+import copy
 import json
+import random
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
 from tiny import make_expert, tiny_base
 from toy import tiny_tokenizer, toy_rows, write_rows
@@ -14,12 +17,12 @@ from xloom.architecture import decoder_layers
 from xloom.errors import BaseMismatchError, CheckpointError, ConfigError, RecipeError
 from xloom.files import read_tensors, write_tensors
 from xloom.training import head as training_head
-from xloom.training import head_trainer, objective
-from xloom.training.data import Example, read_examples
+from xloom.training import head_trainer, objective, start
+from xloom.training.data import Example, collate, read_examples
 from xloom.training.expert import train_expert
 from xloom.training.head import train_head
 from xloom.training.recipe import ExpertRecipe, HeadRecipe
-from xloom.training.start import fit_to_arrow, states_of, statistics
+from xloom.training.start import fit_to_arrow, fit_to_labels, states_of, statistics
 
 
 @pytest.fixture(scope="session")
@@ -339,6 +342,73 @@ def test_a_head_that_starts_from_arrow_routes_as_arrow_does(
         theirs = torch.softmax(logits, dim=-1).expand_as(ours)
     error, spread = (ours - theirs).abs().mean(), (theirs - theirs.mean()).abs().mean()
     assert error < 0.5 * spread, (error, spread)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_head_that_starts_from_labels_is_one_trained_on_the_routing_term_alone(
+    project: Path, experts: dict[str, str], depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One site is trained and copied; the slow way trains them all."""
+    monkeypatch.setattr(start, "_LABEL_EPOCHS", 1)
+    fields = {
+        "layerwise_scalings": True,
+        "xlora_depth": depth,
+        "xlora_size": 16,
+        "null_expert": True,
+        "xlora_dropout_p": 0.0,
+    }
+    torch.manual_seed(0)
+    model = XLoraForCausalLM.from_experts(project / "base", experts, **fields, head_input=["token", "running_mean"])
+    sources = {name: [project / f"{name}.jsonl"] for name in ("up", "down")}
+    rows = random.Random(0).sample(read_examples(sources, tiny_tokenizer(), 512).items, 48)
+    batches = [rows[at : at + 4] for at in range(0, len(rows), 4)]
+
+    def collated(examples: Sequence[Example]) -> dict[str, Any]:
+        right = torch.zeros(len(examples), 3)
+        for target, example in zip(right, examples, strict=True):
+            target[model.experts.index(example.domain or "")] = 1.0
+        batch = collate(examples, 0)
+        return batch | {"row_targets": right, "token_targets": torch.zeros(len(examples), batch["keep"] - 1, 3)}
+
+    model.head.zero_init_()
+    slow = copy.deepcopy(model.head).train()
+    monkeypatch.setattr(XLoraForCausalLM, "forward", lambda *_, **__: pytest.fail("a pass with experts"))
+    fit_to_labels(model, batches, collated, seed=5)
+
+    shared, sites = slow.linears[:-1], slow.linears[-1]
+    groups = [{"params": list(sites.parameters()), "eps": 1e-8 / slow.num_sites}]  # each has that share of the gradient
+    groups += [{"params": list(layer.parameters())} for layer in shared]
+    optimizer = torch.optim.AdamW(groups, lr=start._LABEL_RATE, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, start._LABEL_WARMUP, len(batches))
+    for examples in random.Random(5).sample(batches, len(batches)):
+        batch = collated(examples)
+        mask = batch["attention_mask"].bool()
+        features, _ = slow.features(model.compute_head_states(batch["input_ids"], mask), mask, [None])
+        shares = torch.softmax(slow(features), dim=-1)
+        mean = torch.stack([row[real].mean(dim=(0, 1)) for row, real in zip(shares, mask, strict=True)])
+        (-(batch["row_targets"] * mean.log()).sum() / len(examples)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    features = torch.randn(1, 5, features.shape[-1])
+    torch.testing.assert_close(model.head.eval()(features), slow.eval()(features), rtol=1e-3, atol=1e-4)
+    assert model.head(features).std() > 1e-3
+
+
+def test_a_start_from_labels_routes_before_the_first_step(project: Path, experts: dict[str, str]) -> None:
+    changes = {"max_steps": 12, "learning_rate": 1e-9, "routing_weight": 0.0, "head": {"head_input": "running_mean"}}
+    found = {
+        init: accuracy(project, experts, init=init, output=str(project / init), **changes)
+        for init in ("zero", "labels")
+    }
+    assert found["zero"] <= 0.6
+    assert found["labels"] == 1.0
+
+
+def test_only_the_first_rows_of_a_domain_are_taken(project: Path, experts: dict[str, str]) -> None:
+    data = {"up": {"files": str(project / "up.jsonl"), "rows": 5}, "down": str(project / "down.jsonl")}
+    folder = train_head(head_recipe(project, experts, data=data, max_steps=2), progress=False)
+    assert record_of(folder)["rows"]["train"]["domains"] == {"up": 5, "down": 24}
 
 
 def test_without_a_state_cache_the_head_comes_out_the_same(project: Path, experts: dict[str, str]) -> None:

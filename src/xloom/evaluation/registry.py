@@ -169,7 +169,7 @@ def _merge(word: str, rest: str, model: XLoraForCausalLM) -> System:
 
 def _head(word: str, rest: str, model: XLoraForCausalLM) -> System:
     if not rest:
-        return Routed(word, "the model's own head", lambda bench: XLora(), routes=True)
+        return Routed(word, "the model's own head", lambda bench: XLora(), routes=True, reads_head=True)
     match = _TOP.fullmatch(rest)
     k = int(match[1]) if match else 0
     if match is None or k > len(model.experts) + model.config.null_expert:
@@ -177,7 +177,7 @@ def _head(word: str, rest: str, model: XLoraForCausalLM) -> System:
     fields = {"top_k_lora": k, "enable_softmax_topk": match[2] is not None}
     how = ", renormalised" if match[2] else ""
     about = f"the same head, its {k} largest weights{how}" if k > 1 else f"the same head, its largest weight{how}"
-    return Routed(word, about, lambda bench: XLora(), routes=True, fields=fields)
+    return Routed(word, about, lambda bench: XLora(), routes=True, reads_head=True, fields=fields)
 
 
 def _training_free(word: str, kind: str, top_k: int | None) -> System:

@@ -88,11 +88,13 @@ def evaluate(
     if repeated := sorted({task.name for task in tasks if [t.name for t in tasks].count(task.name) > 1}):
         raise ConfigError(f"task names must differ, found more than once: {names(repeated)}")
     bench = Bench(model.eval(), tokenizer, tuple(tasks), few_shot, batch_tokens)
-    digest = model_digest(model)
+    digests = {head: model_digest(model, head=head) for head in {system.reads_head for system in systems}}
     grade, notes, outcomes = _Grader(), list[str](), list[Outcome]()
     for system in systems:
         try:
-            outcomes.append(_one(system, bench, digest, output, loss, grade, notes, watch or Watch()))
+            outcomes.append(
+                _one(system, bench, digests[system.reads_head], output, loss, grade, notes, watch or Watch())
+            )
         except _NotReadyError as error:
             if not patient:
                 raise type(error.reason)(f"{system.name}: {error.reason}") from None

@@ -17,15 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from xloom.config import own_fields
 from xloom.errors import ConfigError
 from xloom.evaluation.decoding import Prompt
 from xloom.evaluation.tasks import Question
+from xloom.model import XLoraForCausalLM
 
 _SAMPLE = 2**16  # elements or bytes of a large tensor or file
 _COUNTED = (".json", ".safetensors", ".gguf", ".jinja")
 _PASSED_OVER = ("training.json", "card.json")
+_SHARED_FIELDS = ("experts", "gate_at_layer", "global_scaling_weight")  # of the config, which count for every router
 
 
 @dataclass(frozen=True)
@@ -144,10 +146,18 @@ def question_key(question: Question, prompt: Prompt) -> str:
     return hashlib.sha256(repr(known).encode()).hexdigest()[:32]
 
 
-def model_digest(model: nn.Module) -> str:
-    """SHA-256, as hex, of the names, shapes, dtypes and values of a model's tensors; of large ones, of a sample."""
-    found = hashlib.sha256()
+def model_digest(model: XLoraForCausalLM, *, head: bool) -> str:
+    """SHA-256, as hex, of the names, shapes, dtypes and values of a model's tensors; of large ones, of a sample.
+
+    Args:
+        head: whether the head and its settings count, or what the other systems share: base and experts.
+    """
+    told = model.config.to_dict()
+    fields = {name: told[name] for name in (sorted(own_fields()) if head else _SHARED_FIELDS) if name in told}
+    found = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith("head.") and not head:
+            continue
         found.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
         flat = tensor.detach().flatten()
         if len(flat) > 16 * _SAMPLE:

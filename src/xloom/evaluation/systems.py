@@ -50,10 +50,12 @@ class System(ABC):
         name: as it is asked for and as it stands in tables.
         about: one line about it.
         routes: whether its scalings tell which expert it takes to be the right one.
+        reads_head: whether the model's head has a part in its answers.
         kept: whether its answers are worth keeping.
     """
 
     routes = False
+    reads_head = False
     kept = True
 
     def __init__(self, name: str, about: str) -> None:
@@ -200,11 +202,13 @@ class Routed(System):
         make: Callable[[Bench], Router],
         *,
         routes: bool = False,
+        reads_head: bool = False,
         fields: Mapping[str, Any] | None = None,
         fitted: bool = False,
     ) -> None:
         super().__init__(name, about)
         self._make, self.routes, self._fitted = make, routes, fitted
+        self.reads_head = reads_head
         self._fields = dict(fields or {})
 
     def settings(self, bench: Bench) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 Knows nothing of losses (`head_trainer`) or of checkpoint formats.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,6 +94,15 @@ def read_data(recipe: HeadRecipe, tokenizer: PreTrainedTokenizerBase) -> tuple[E
         name: [find_source(w, here) for w in domain.files] for name, domain in recipe.data.items()
     }
     rows = read_examples(train, tokenizer, recipe.max_length)
+    limits = {name: domain.rows for name, domain in recipe.data.items()}
+    taken: Counter[str | None] = Counter()
+    some: list[Example] = []
+    for item in rows.items:
+        limit = limits[item.domain or ""]
+        if limit is None or taken[item.domain] < limit:
+            some.append(item)
+            taken[item.domain] += 1
+    rows.items = some
     if not recipe.valid:
         return rows, Examples()
     found: dict[str | None, list[Any]] = {n: [find_source(w, here) for w in words] for n, words in recipe.valid.items()}

@@ -20,13 +20,13 @@ from xloom.routers import HiddenStateRouter, Precomputed, XLora
 from xloom.training import processes
 from xloom.training.data import Example, Examples, plan_batches
 from xloom.training.loop import CompletionTrainer, Settings, loss_names
-from xloom.training.objective import cross_entropy, entropy_per_row, imbalance, mean_over_tokens, posterior
+from xloom.training.objective import entropy_per_row, imbalance, mean_over_tokens, posterior, routing_losses
 from xloom.training.prepared import BASE, UNIFORM, ExpertLosses, HeadStates, base_fingerprint
 from xloom.training.progress import counting
 from xloom.training.recipe import HeadRecipe
 from xloom.training.run import Run
 from xloom.training.sharing import longest_row, shared_outputs
-from xloom.training.start import fit_to_arrow, states_of, statistics
+from xloom.training.start import fit_to_arrow, fit_to_labels, states_of, statistics
 
 _SAMPLE = 256  # rows that the head's statistics are taken from
 _USE, _ENTROPY = "use/", "entropy/"  # of the names of what validation observes
@@ -121,7 +121,8 @@ class HeadTrainer(CompletionTrainer):
 
     def _fill_soft_labels(self, run: Run, unlabelled: Sequence[Example]) -> None:
         recipe = self.recipe
-        if not unlabelled or not recipe.routing_weight or recipe.soft_labels == "off":
+        needed = recipe.routing_weight or recipe.init == "labels"
+        if not unlabelled or not needed or recipe.soft_labels == "off":
             return
         with counting(run.console, "soft labels", len(unlabelled) * len(self.columns)) as tick:
             for name in self.columns:
@@ -157,6 +158,10 @@ class HeadTrainer(CompletionTrainer):
             head.zero_init_()
         elif recipe.init == "arrow":
             fit_to_arrow(self.model, sample[:_ARROW_SAMPLE], self.pad_id, recipe.batch_size)
+        elif recipe.init == "labels":
+            order, size = self.train_dataset.order, recipe.batch_size
+            batches = [[self.rows[i] for i in order[at : at + size]] for at in range(0, len(order), size)]
+            fit_to_labels(self.model, batches, self.collate, recipe.seed)
 
     def create_optimizer(self, model: Any = None) -> Any:
         """AdamW; the experts, where they are trained, at their own learning rate."""
@@ -231,10 +236,8 @@ class HeadTrainer(CompletionTrainer):
         assert self._router.shares_BTSC is not None
         shares_BTSC = self._router.shares_BTSC
         if recipe.routing_weight:
-            by_row = cross_entropy(mean_over_tokens(shares_BTSC, mask_BT), batch["row_targets"]).sum()
-            before = shares_BTSC[:, -batch["keep"] : -1].mean(dim=2)  # the positions that predict the completion
-            by_token = cross_entropy(before, batch["token_targets"]).sum()
-            terms["routing"] = recipe.routing_weight * (by_row + by_token) / totals["targets"]
+            losses = routing_losses(shares_BTSC, mask_BT, batch["row_targets"], batch["token_targets"])
+            terms["routing"] = recipe.routing_weight * losses / totals["targets"]
         if recipe.balance_weight:
             share = len(mask_BT) / totals["rows"]  # of the step; balanced within each batch
             terms["balance"] = recipe.balance_weight * share * imbalance(shares_BTSC, mask_BT)

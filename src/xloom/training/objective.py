@@ -38,6 +38,13 @@ def cross_entropy(shares: Tensor, targets: Tensor) -> Tensor:
     return -(targets * shares.clamp(min=_SMALLEST_SHARE).log()).sum(dim=-1)
 
 
+def routing_losses(shares_BTSC: Tensor, mask_BT: Tensor, row_targets_BC: Tensor, token_targets_BKC: Tensor) -> Tensor:
+    """The routing term, summed over rows: of a row's mean share, or of those that predict its last K tokens."""
+    by_row_B = cross_entropy(mean_over_tokens(shares_BTSC, mask_BT), row_targets_BC)
+    before_BKC = shares_BTSC[:, -token_targets_BKC.shape[1] - 1 : -1].mean(dim=2)
+    return by_row_B.sum() + cross_entropy(before_BKC, token_targets_BKC).sum()
+
+
 def entropy(shares: Tensor) -> Tensor:
     """In nats, over the last axis; what is missing to a sum of 1 is ignored."""
     found: Tensor = -torch.special.xlogy(shares, shares).sum(dim=-1)

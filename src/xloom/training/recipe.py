@@ -83,6 +83,7 @@ class Domain(BaseModel):
         expert: the right expert for them; by default the one that has the domain's name. None: there is no single
             right one, and the experts' own losses say how well each suits a row.
         weight: how often rows are drawn from here, relative to the other domains; not from how many.
+        rows: take the first so many rows only.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -90,6 +91,7 @@ class Domain(BaseModel):
     files: Paths
     expert: str | None = None
     weight: Annotated[float, Field(gt=0)] = 1.0
+    rows: Count | None = None
 
     @property
     def says_expert(self) -> bool:
@@ -227,7 +229,8 @@ class HeadRecipe(Recipe):
         valid_rows: of each domain at most, evenly spaced.
         head: fields of `XLoraConfig`.
         init: "zero" starts from equal scalings, "random" as torch makes a Linear, "arrow" from a least-squares fit to
-            what Arrow routing (arXiv 2405.11157) does on some of the rows.
+            what Arrow routing (arXiv 2405.11157) does on some of the rows, "labels" from training on the routing term
+            alone, which takes seconds because it needs no pass with experts.
         routing_weight: of the cross-entropy between a row's mean share and its right expert.
         soft_labels: what rows without a right expert are held against: each expert's own likelihood of the whole
             completion ("row") or of each of its tokens ("token"); "off" leaves them to the next-token loss.
@@ -248,7 +251,7 @@ class HeadRecipe(Recipe):
     valid: dict[str, Paths] = {}
     valid_rows: Count = 200
     head: dict[str, Any] = {}
-    init: Literal["zero", "random", "arrow"] = "zero"
+    init: Literal["zero", "random", "arrow", "labels"] = "zero"
     learning_rate: Annotated[float, Field(gt=0)] = 5e-3
     routing_weight: Weight = 1.0
     soft_labels: Annotated[Literal["row", "token", "off"], BeforeValidator(_off)] = "row"
@@ -323,8 +326,9 @@ class HeadRecipe(Recipe):
         for name in self.valid:
             if name not in self.data and name not in self.experts:
                 self.refuse("valid", f"domains of data ({names(self.data)})", _near(name, self.data))
-        if not self.right_experts() and self.routing_weight and self.soft_labels == "off":
-            self.refuse("soft_labels", "'row' or 'token' (or routing_weight 0) where no domain has an expert", "'off'")
+        needed = self.routing_weight or self.init == "labels"
+        if not self.right_experts() and needed and self.soft_labels == "off":
+            self.refuse("soft_labels", "'row' or 'token' (or no routing term) where no domain has an expert", "'off'")
 
     def _check_head(self) -> None:
         try:

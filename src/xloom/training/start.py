@@ -1,19 +1,26 @@
-"""What a head starts from: statistics of what it reads, and equal, random or Arrow-like scalings.
+"""What a head starts from: statistics of what it reads, and scalings that are equal, random, Arrow's or the labels'.
 
 Letters: B batch  T tokens  D hidden size  F features of the head  S sites  N experts  C columns of the head
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import get_cosine_schedule_with_warmup
 
 from xloom.model import XLoraForCausalLM
 from xloom.routers import Arrow
 from xloom.training.data import Example, collate
+from xloom.training.objective import routing_losses
 
 _SMALLEST_SHARE = 1e-3  # of what Arrow gives, whose logarithm is fitted
 _RIDGE = 1e-2  # relative to the mean square of a feature
+_LABEL_EPOCHS = 6
+_LABEL_RATE = 3e-3  # of AdamW, falling to 0 along a cosine
+_LABEL_WARMUP = 20  # steps
 
 
 def statistics(states: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
@@ -64,6 +71,56 @@ def fit_to_arrow(model: XLoraForCausalLM, examples: Sequence[Example], pad_id: i
     last.weight.copy_(weight)
     if last.bias is not None:
         last.bias.copy_(mean_y - weight @ mean_x)
+
+
+def fit_to_labels(
+    model: XLoraForCausalLM,
+    batches: Sequence[Sequence[Example]],
+    collate: Callable[[Sequence[Example]], Mapping[str, Any]],
+    seed: int,
+) -> None:
+    """Trains the head on the routing term alone, several times over all batches: no pass with experts is needed.
+
+    As long as the next token plays no part, sites that start alike have the same gradient and stay alike. So one of
+    them is trained, and copied to the others.
+
+    Args:
+        collate: gives "attention_mask", "row_targets", "token_targets" and, where they are kept, "head_states".
+    """
+    head, config = model.head.train(), model.config
+    last = head.linears[-1]
+    site = nn.Linear(
+        last.in_features, head.num_columns, last.bias is not None, device=last.weight.device, dtype=head.dtype
+    )
+    trained = [*site.parameters(), *(p for layer in head.linears[:-1] for p in layer.parameters())]
+    for parameter in site.parameters():
+        nn.init.zeros_(parameter)
+    optimizer = torch.optim.AdamW(trained, lr=_LABEL_RATE, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, _LABEL_WARMUP, _LABEL_EPOCHS * len(batches))
+    rng = random.Random(seed)
+    for _ in range(_LABEL_EPOCHS):
+        for examples in rng.sample(batches, len(batches)):
+            batch = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in collate(examples).items()}
+            targets = batch["row_targets"].sum() + batch["token_targets"].sum()
+            if not targets:
+                continue
+            mask_BT = batch["attention_mask"]
+            states_BTD = batch.get("head_states")
+            if states_BTD is None:
+                states_BTD = model.compute_head_states(batch["input_ids"], mask_BT)
+            features_BTF, _ = head.features(states_BTD, mask_BT.bool(), [None] * len(config.pools))
+            logits_BTC = site(head.before_last(features_BTF))
+            shares_BT1C = torch.softmax(logits_BTC / config.softmax_temperature, dim=-1).unsqueeze(2)
+            loss = routing_losses(shares_BT1C, mask_BT, batch["row_targets"], batch["token_targets"]) / targets
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    with torch.no_grad():
+        copies = head.num_sites if head.layerwise else 1
+        last.weight.copy_(site.weight.repeat(copies, 1))
+        if last.bias is not None:
+            last.bias.copy_(site.bias.repeat(copies))
 
 
 def _targets(arrow_TSN: Tensor, model: XLoraForCausalLM) -> Tensor:
