@@ -559,3 +559,14 @@ def test_only_our_format_and_unchanged_experts_can_stay_outside(tmp_path: Path):
     with pytest.raises(ConfigError, match="trained experts are no longer those"):
         trained.save_pretrained(tmp_path / "one", include_experts=False)
     assert not (tmp_path / "one").exists()
+
+
+@pytest.mark.parametrize("way", [3, None, "", ["up"]])
+def test_a_way_to_an_expert_that_is_no_text_is_refused(tmp_path, way):
+    model = made(tmp_path)
+    model.save_pretrained(tmp_path / "one", include_experts=False)
+    (tmp_path / "one" / "experts.json").write_text(json.dumps(dict.fromkeys(model.experts, way)))
+    with pytest.raises(
+        CheckpointError, match=r"experts.json: expected the way to a LoRA folder for expert '\w+', found"
+    ):
+        XLoraForCausalLM.from_pretrained(tmp_path / "one")

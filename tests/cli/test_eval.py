@@ -138,7 +138,6 @@ def test_the_tables_fit(run, tmp_path):
         (("experts/chem", *TASKS), "one adapter is an expert"),
         (("model", *TASKS, "--router", "oracles"), "unknown system 'oracles'"),
         (("model", *TASKS, "--router", "single:zoo"), "'zoo'"),
-        (("model", *TASKS, "--router", "collapse"), "convert --collapse"),
         (("model", *TASKS, "--collapse", "nowhere"), "--collapse nowhere: expected a PEFT folder"),
         (("model", *TASKS, "--model", "twin=nowhere"), "twin=nowhere: expected the folder"),
         (("model", *TASKS, "--model", "base=other"), "choose another"),

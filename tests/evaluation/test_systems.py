@@ -10,6 +10,7 @@ from worlds import DOMAINS, encode, tiny_model, write_domains
 from tiny import make_expert
 from toy import chat, tiny_tokenizer, write_rows
 from xloom import XLoraForCausalLM
+from xloom.collapse import static_expert
 from xloom.errors import ConfigError, UnknownExpertError
 from xloom.evaluation import evaluate, find_systems, load_tasks
 from xloom.evaluation.bench import Bench, right_experts
@@ -151,6 +152,22 @@ def test_collapse_is_an_adapter_on_the_base(world):
     assert answers_of(world, "collapse", collapse=folder / "experts" / "chem") == answers_of(world, "single:chem")
 
 
+def test_without_a_folder_collapse_takes_the_mean_over_training_prompts(world):
+    model, tasks, _ = world
+    prompts = [encode(q.row.prompt[0]["content"]) for task in tasks for q in task.train]
+    total, tokens = 0.0, 0
+    for ids in prompts:
+        with torch.no_grad():
+            scalings = model(torch.tensor([ids])).scalings[0].double()
+        total, tokens = total + scalings.sum(dim=0), tokens + len(scalings)
+    adapter, _ = static_expert(model, total / tokens)
+    with model.plain_base() as base:
+        static = XLoraForCausalLM.from_experts(base, {"adapter": adapter})
+        expected = by_hand(static, tasks, Single("adapter"))
+        static.unload()
+    assert answers_of(world, "collapse") == expected
+
+
 def test_an_adapter_leaves_nothing_behind(world, tmp_path):
     """Not even at a module that no expert of the model adapts."""
     model, _, _ = world
@@ -233,8 +250,7 @@ def test_all_is_everything_that_the_model_can_show(world, tmp_path):
     assert found[:3] == ["constant", "base", "few-shot"]
     assert {f"single:{name}" for name in DOMAINS} <= set(found)
     assert {"oracle", "uniform", "merge:ties", "merge:dare", "arrow", "spectr", "centroid", "xlora:top1"} <= set(found)
-    assert "collapse" not in found
-    assert "collapse" in all_names(model, collapse=tmp_path)
+    assert "collapse" in found
     assert all_names(model, models={"early": tmp_path})[-1] == "early"
     assert next(s.name for s in find_systems(["base", "all", "base"], model)) == "base"
     assert len({s.name for s in find_systems(["all"], model)}) == len(found)
@@ -252,7 +268,7 @@ def test_all_is_everything_that_the_model_can_show(world, tmp_path):
         ("xlora:best", "xlora:topK"),
         ("arrow:top0", "top-K from 1 to 3"),
         ("centroid:top4", "top-K from 1 to 3"),
-        ("collapse", "convert --collapse"),
+        ("collapse:all", "unknown system"),
     ],
 )
 def test_unknown_systems(world, word, says):

@@ -25,7 +25,7 @@ def read(folder: Path) -> Saved:
     raw = read_json(folder / CONFIG)
     if not raw.get("experts"):
         raise TruncatedFileError(f"{folder / CONFIG}: names no experts")
-    elsewhere = read_json(folder / EXPERT_FOLDERS) if (folder / EXPERT_FOLDERS).is_file() else {}
+    elsewhere = _read_ways(folder / EXPERT_FOLDERS) if (folder / EXPERT_FOLDERS).is_file() else {}
     with naming(folder / CONFIG):
         config = XLoraConfig(**raw)
     experts = {name: _read_expert(name, folder, elsewhere) for name in config.experts or []}
@@ -76,6 +76,15 @@ def way(place: str | Path, final: Path) -> str:
     """How to get to a place from a checkpoint's folder, starting with a dot."""
     found = os.path.relpath(place, Path(final).resolve())
     return found if found.startswith(".") else f"./{found}"
+
+
+def _read_ways(path: Path) -> dict[str, str]:
+    ways = read_json(path)
+    if odd := [name for name, way in ways.items() if not isinstance(way, str) or not way]:
+        raise CheckpointError(
+            f"{path}: expected the way to a LoRA folder for expert {odd[0]!r}, found {ways[odd[0]]!r}"
+        )
+    return ways
 
 
 def _read_expert(name: str, folder: Path, elsewhere: dict[str, str]) -> Expert:

@@ -66,7 +66,8 @@ def run(given: Settings) -> Evaluation:
         check_plot(given.plot)
     if given.dtype is not None and given.dtype not in _DTYPES:
         raise ConfigError(f"--dtype {given.dtype}: expected one of {names(_DTYPES)}")
-    models = {name: Path(place) for name, place in _pairs("--model", given.models).items()}
+    path, shipped = (given.model, {}) if given.model else _shipped(given)
+    models = shipped | {name: Path(place) for name, place in _pairs("--model", given.models).items()}
     for name, place in models.items():
         if not place.is_dir():
             raise ConfigError(f"--model {name}={place}: expected the folder of an X-LoRA model")
@@ -76,7 +77,6 @@ def run(given: Settings) -> Evaluation:
     quiet()
     if given.threads is not None:
         torch.set_num_threads(given.threads)
-    path = given.model or _shipped(given)
     tasks = _tasks(given, console)
     model, tokenizer = _load(path, given, console)
     systems = find_systems(words, model, collapse=given.collapse, models=models)
@@ -150,13 +150,13 @@ def builtin_suite(console: Console) -> dict[str, Path]:
         return {name: rows_of(name, progress=progress).test.parent for name in SETS}
 
 
-def _shipped(given: Settings) -> str:
-    """The folder of the model that comes with xloom. The one place that knows where it is."""
+def _shipped(given: Settings) -> tuple[str, dict[str, Path]]:
+    """The folder of the model that the suite is about, and of the others that come with xloom, by name."""
     if given.suite is None:
         raise ConfigError("name the model to evaluate: xloom eval MODEL --task name=file.jsonl")
-    from xloom.suite.shipped import model_folder
+    from xloom.suite.shipped import model_folder, model_folders
 
-    return str(model_folder(SHIPPED))
+    return str(model_folder(SHIPPED)), {name: place for name, place in model_folders().items() if name != SHIPPED}
 
 
 def _load(path: str, given: Settings, console: Console) -> tuple[XLoraForCausalLM, Any]:

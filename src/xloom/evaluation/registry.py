@@ -23,6 +23,7 @@ from xloom.evaluation.systems import (
     RightExpert,
     Routed,
     System,
+    collapsed,
     fitting_method,
     merged,
 )
@@ -52,7 +53,8 @@ def find_systems(
     """The systems that words name, each once, in their order; `all` stands for what this model can show.
 
     Args:
-        collapse: a PEFT folder in which `xloom convert --collapse` wrote the head's average as one adapter.
+        collapse: a PEFT folder in which `xloom convert --collapse` wrote the head's average as one adapter; without it,
+            "collapse" takes the average over training prompts.
         models: folders of further X-LoRA models, by the names under which they are asked for.
 
     Raises:
@@ -65,28 +67,25 @@ def find_systems(
     found: dict[str, System] = {}
     for word in words:
         if word == ALL:
-            for name in all_names(model, collapse=collapse, models=models):
+            for name in all_names(model, models=models):
                 found.setdefault(name, _find(name, model, collapse, models))
         else:
             found[word] = _find(word, model, collapse, models)
     return list(found.values())
 
 
-def all_names(
-    model: XLoraForCausalLM, *, collapse: Path | None = None, models: Mapping[str, Path] | None = None
-) -> list[str]:
+def all_names(model: XLoraForCausalLM, *, models: Mapping[str, Path] | None = None) -> list[str]:
     """What `all` stands for."""
-    return list(_all(model, collapse, models or {}))
+    return list(_all(model, models or {}))
 
 
-def _all(model: XLoraForCausalLM, collapse: Path | None, models: Mapping[str, Path]) -> Iterator[str]:
+def _all(model: XLoraForCausalLM, models: Mapping[str, Path]) -> Iterator[str]:
     yield from ("constant", "base", "few-shot")
     yield from (f"single:{expert}" for expert in model.experts)
     yield from (ORACLE, "uniform")
     several = len(model.experts) > 1
     if several:
         yield from (f"merge:{method}" for method in MERGES)
-    if collapse is not None:
         yield "collapse"
     yield from ("arrow", "arrow:top1", "spectr", "spectr:top1", "seqr", "centroid", "centroid:top1")
     yield HEAD
@@ -141,11 +140,10 @@ def _plain(kind: str, collapse: Path | None) -> System | None:
                 routes=True, fitted=True,
             )  # fmt: skip
         case "collapse":
-            if collapse is None:
-                raise ConfigError("collapse: needs the folder that `xloom convert --collapse` wrote; pass it")
-            folder = collapse
             about = "the head's average scalings as one static adapter"
-            return OneAdapter(kind, about, lambda bench: Expert.from_pretrained(folder), folder=folder)
+            if (folder := collapse) is not None:
+                return OneAdapter(kind, about, lambda bench: Expert.from_pretrained(folder), folder=folder)
+            return OneAdapter(kind, about, collapsed, reads_head=True, fitted=True)
     return None
 
 

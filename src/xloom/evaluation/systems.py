@@ -14,6 +14,7 @@ from typing import Any, final
 
 import torch
 
+from xloom.collapse import mean_scalings, static_expert
 from xloom.config import XLoraConfig
 from xloom.evaluation.bench import Bench, Ids, right_experts
 from xloom.evaluation.decoding import Answer, Prompt, RouterOf, decode, losses
@@ -23,6 +24,7 @@ from xloom.experts import Expert
 from xloom.merging import Method, merge_experts
 from xloom.model import XLoraForCausalLM
 from xloom.routers import BaseOnly, Centroid, Fixed, PerRow, Router, Single, check_known
+from xloom.training.data import Example
 
 _ON_DELTAS: Mapping[Method, Method] = {
     "linear": "svd", "ties": "ties_svd", "dare_linear": "dare_linear_svd", "dare_ties": "dare_ties_svd",
@@ -283,14 +285,31 @@ class Nearest(System):
 
 @final
 class OneAdapter(System):
-    """The base with one static adapter: several experts merged, or what somebody made of them."""
+    """The base with one static adapter: several experts merged, or what somebody made of them.
 
-    def __init__(self, name: str, about: str, make: Callable[[Bench], Expert], *, folder: Path | None = None) -> None:
+    Args:
+        fitted: whether `make` looks at the bench's samples.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        about: str,
+        make: Callable[[Bench], Expert],
+        *,
+        folder: Path | None = None,
+        reads_head: bool = False,
+        fitted: bool = False,
+    ) -> None:
         super().__init__(name, about)
-        self._make, self._folder = make, folder
+        self._make, self._folder, self._fitted = make, folder, fitted
+        self.reads_head = reads_head
 
     def folder(self) -> Path | None:
         return self._folder
+
+    def settings(self, bench: Bench) -> dict[str, Any]:
+        return {"samples": _digest(bench.samples())} if self._fitted else {}
 
     @contextmanager
     def ready(self, bench: Bench) -> Iterator[Ready]:
@@ -321,6 +340,12 @@ class OtherModel(System):
     def ready(self, bench: Bench) -> Iterator[Ready]:
         model = XLoraForCausalLM.from_pretrained(self._folder, dtype=bench.model.base.dtype)
         yield _ModelReady(bench, model.to(bench.model.device))
+
+
+def collapsed(bench: Bench) -> Expert:
+    """The head's mean scalings over the sample prompts, as one adapter (`xloom.collapse`)."""
+    rows = [Example(ids, len(ids) - 1) for some in bench.samples().values() for ids in some]
+    return static_expert(bench.model, mean_scalings(bench.model, rows))[0]
 
 
 def merged(bench: Bench, method: Method) -> Expert:

@@ -1,14 +1,15 @@
 """What is shipped beside the code: the suite's trained experts, and models that mix them.
 
-They lie in `experts/` and `models/` of a checkout; a wheel has neither. Knows only where things are, not what is in
-them.
+They lie in `experts/` and `models/` of a checkout, which a wheel has inside the package. Knows only where things are,
+not what is in them.
 """
 
 from pathlib import Path
 
 from xloom.errors import NotFoundError, names
 
-_CHECKOUT = Path(__file__).resolve().parents[3]
+_HERE = Path(__file__).resolve()
+_ROOTS = (_HERE.parents[1] / "shipped", _HERE.parents[3])  # of a wheel, of a checkout
 
 
 def expert_folders() -> dict[str, Path]:
@@ -30,8 +31,8 @@ def model_folder(name: str) -> Path:
 
 
 def _inside(kind: str, marker: str) -> dict[str, Path]:
-    root = _CHECKOUT / kind
+    root = next((root for root in _ROOTS if (root / kind).is_dir()), _ROOTS[-1]) / kind
     found = {file.parent.name: file.parent for file in sorted(root.glob(f"*/{marker}"))}
     if not found:
-        raise NotFoundError(f"{root}: expected the shipped {kind} of a checkout of xloom, found none")
+        raise NotFoundError(f"{root}: expected the {kind} that are shipped with xloom, found none")
     return found

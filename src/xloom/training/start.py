@@ -19,7 +19,7 @@ from xloom.training.objective import routing_losses
 _SMALLEST_SHARE = 1e-3  # of what Arrow gives, whose logarithm is fitted
 _RIDGE = 1e-2  # relative to the mean square of a feature
 _LABEL_EPOCHS = 6
-_LABEL_RATE = 3e-3  # of AdamW, falling to 0 along a cosine
+_LABEL_RATE = 5e-3  # of AdamW, falling to 0 along a cosine
 _LABEL_WARMUP = 20  # steps
 
 
