@@ -7,6 +7,9 @@ READY  := $(VENV)/.ready
 
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
+# glibc gives large blocks back to the kernel whenever they are freed, and every page of the next one faults: half of the
+# time of a training step on a CPU (docs/LOG.md). Elsewhere the variable means nothing.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456
 
 .PHONY: demo test check bench clean
 

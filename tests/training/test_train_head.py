@@ -350,6 +350,7 @@ def test_a_head_that_starts_from_labels_is_one_trained_on_the_routing_term_alone
 ) -> None:
     """One site is trained and copied; the slow way trains them all."""
     monkeypatch.setattr(start, "_LABEL_EPOCHS", 1)
+    monkeypatch.setattr(start, "_LABEL_STEPS", 1)
     fields = {
         "layerwise_scalings": True,
         "xlora_depth": depth,

@@ -19,12 +19,13 @@ from xloom.model import XLoraForCausalLM
 from xloom.suite.base_model import BUILTIN_BASE, builtin_base
 from xloom.suite.domains import DOMAINS, DomainFiles, build_suite
 from xloom.suite.items import join_questions
-from xloom.suite.shipped import expert_folders
+from xloom.suite.shipped import expert_folders, model_folder
 from xloom.training.head import train_head
 from xloom.training.recipe import Domain, HeadRecipe
 
 SHOWN = ("materials", "peptides", "reasoning")  # the domains whose rows are there soonest
-SYSTEMS = ("constant", "base", *(f"single:{name}" for name in SHOWN), "uniform", "oracle", "xlora")
+SHIPPED = "single-pass"  # the model that is shown beside the head trained here
+SYSTEMS = ("constant", "base", *(f"single:{name}" for name in SHOWN), "uniform", "oracle", "xlora", SHIPPED)
 
 
 def run(folder: Path, *, head_steps: int, items: int) -> Evaluation:
@@ -48,7 +49,7 @@ def run(folder: Path, *, head_steps: int, items: int) -> Evaluation:
     model = XLoraForCausalLM.from_pretrained(path)
     tasks = load_tasks({name: files.test.parent for name, files in rows.items()}, limit=items)
     tokenizer = load_tokenizer(str(path))
-    systems = find_systems(SYSTEMS, model)
+    systems = find_systems(SYSTEMS, model, models={SHIPPED: model_folder(SHIPPED)})
     with watching(console, systems, sum(len(task.questions) for task in tasks)) as watch:
         found = evaluate(model, tokenizer, tasks, systems, output=folder / "answers", watch=watch)
     for table in tables(found, min(WIDTH, console.width)):
@@ -68,7 +69,7 @@ def run(folder: Path, *, head_steps: int, items: int) -> Evaluation:
 
 
 def head_recipe(folder: Path, rows: dict[str, DomainFiles], experts: dict[str, Path], steps: int) -> HeadRecipe:
-    """A small head that needs one pass only: it reads a running mean of the base's input embeddings."""
+    """A small head that needs one pass only: it reads means of the base's input embeddings."""
     return HeadRecipe(
         base=BUILTIN_BASE,
         output=str(folder / "model"),
@@ -76,7 +77,17 @@ def head_recipe(folder: Path, rows: dict[str, DomainFiles], experts: dict[str, P
         data={name: Domain(files=(str(files.train),)) for name, files in rows.items()},
         valid={name: (str(files.valid),) for name, files in rows.items()},
         valid_rows=8,
-        head={"layerwise_scalings": True, "gate_at_layer": 0, "head_input": "running_mean"},
+        head={
+            "layerwise_scalings": True,
+            "gate_at_layer": 0,
+            "head_input": ["token", "ema:8", "running_mean"],
+            "xlora_depth": 2,
+            "xlora_size": 64,
+            "enable_relu_and_dropout": True,
+        },
+        init="labels",
+        routing_weight=0.1,
+        learning_rate=2e-3,
         include_experts=False,
         max_steps=steps,
         batch_size=8,

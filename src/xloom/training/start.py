@@ -3,6 +3,7 @@
 Letters: B batch  T tokens  D hidden size  F features of the head  S sites  N experts  C columns of the head
 """
 
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from xloom.training.objective import routing_losses
 _SMALLEST_SHARE = 1e-3  # of what Arrow gives, whose logarithm is fitted
 _RIDGE = 1e-2  # relative to the mean square of a feature
 _LABEL_EPOCHS = 6
+_LABEL_STEPS = 200  # at least, where rows are few
 _LABEL_RATE = 5e-3  # of AdamW, falling to 0 along a cosine
 _LABEL_WARMUP = 20  # steps
 
@@ -96,9 +98,10 @@ def fit_to_labels(
     for parameter in site.parameters():
         nn.init.zeros_(parameter)
     optimizer = torch.optim.AdamW(trained, lr=_LABEL_RATE, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, _LABEL_WARMUP, _LABEL_EPOCHS * len(batches))
+    epochs = max(_LABEL_EPOCHS, math.ceil(_LABEL_STEPS / len(batches)))
+    schedule = get_cosine_schedule_with_warmup(optimizer, _LABEL_WARMUP, epochs * len(batches))
     rng = random.Random(seed)
-    for _ in range(_LABEL_EPOCHS):
+    for _ in range(epochs):
         for examples in rng.sample(batches, len(batches)):
             batch = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in collate(examples).items()}
             targets = batch["row_targets"].sum() + batch["token_targets"].sum()
