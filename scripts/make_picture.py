@@ -1,6 +1,6 @@
-"""Draw docs/generate.svg: what `xloom generate` prints for one held-out prompt of each demo domain.
+"""Draw docs/generate.svg: what `xloom generate` prints for test questions of the suite, under the shipped model.
 
-python scripts/make_picture.py runs/demo docs/generate.svg        (after `xloom demo`)
+python scripts/make_picture.py docs/generate.svg
 """
 
 import io
@@ -9,25 +9,27 @@ from pathlib import Path
 
 from rich.console import Console
 
-from xloom.cli.demo import SHOWN
 from xloom.cli.text import Sampling, generate_texts
-from xloom.suite.domains import build_suite
+from xloom.suite.shelf import rows_of
+from xloom.suite.shipped import model_folder
 from xloom.training.rows import read_rows
 
+SHOWN = ("materials", "reasoning", "joined")
 
-def main(demo: Path, picture: Path) -> None:
+
+def main(picture: Path) -> None:
     prompts = []
-    for files in build_suite(only=SHOWN).values():
-        row = next(read_rows(files.test))
+    for name in SHOWN:
+        row = next(read_rows(rows_of(name).test))
         assert not isinstance(row.prompt, str)
         prompts.append(row.prompt[-1]["content"])
     console = Console(record=True, width=72, file=io.StringIO(), force_terminal=False)
     generate_texts(
-        str(demo / "model"),
+        str(model_folder("two-pass")),
         prompts,
         base=None,
         router="xlora",
-        sampling=Sampling(max_new_tokens=4),
+        sampling=Sampling(max_new_tokens=12),
         raw=False,
         json_path=None,
         console=console,
@@ -36,4 +38,4 @@ def main(demo: Path, picture: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]))

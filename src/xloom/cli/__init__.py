@@ -58,7 +58,7 @@ def demo(
     folder: Annotated[Path, typer.Option(help="Where everything is kept; run again to go on from there.")] = Path(
         "runs/demo"
     ),
-    head_steps: Annotated[int, typer.Option(min=1, help="Training steps of the head, of 8 rows.")] = 30,
+    head_steps: Annotated[int, typer.Option(min=1, help="Training steps of the head, of 8 rows.")] = 20,
     items: Annotated[int, typer.Option(min=1, help="Test questions per domain.")] = 20,
 ) -> None:
     """The whole path on the built-in base: shipped experts, a head trained on the spot, a table, text."""

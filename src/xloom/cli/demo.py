@@ -45,7 +45,8 @@ def run(folder: Path, *, head_steps: int, items: int) -> Evaluation:
     _say(console, 3, f"a head that mixes {', '.join(SHOWN)}: {head_steps} steps; base and experts stay as they are")
     path = train_head(head_recipe(folder, rows, experts, head_steps))
 
-    _say(console, 4, f"{items} test questions of each domain, answered in every way")
+    about = f"{SHIPPED} is a model that is shipped, over all seven experts"
+    _say(console, 4, f"{items} test questions of each domain, answered in every way; {about}")
     model = XLoraForCausalLM.from_pretrained(path)
     tasks = load_tasks({name: files.test.parent for name, files in rows.items()}, limit=items)
     tokenizer = load_tokenizer(str(path))
@@ -64,7 +65,9 @@ def run(folder: Path, *, head_steps: int, items: int) -> Evaluation:
         console.print(Text(f"right: {question['completion'][0]['content']}", style="dim"))
         console.print(share_table(written))
     console.print(f"\n[bold]How the head was trained:[/bold] {_short(path)}/report.html")
-    console.print(f"[bold]Yours to use:[/bold] xloom chat {_short(path)}")
+    console.print(
+        f"[bold]Yours to use:[/bold] xloom chat {_short(path)}, or xloom chat {_short(model_folder(SHIPPED))}"
+    )
     return found
 
 

@@ -173,29 +173,24 @@ def _tolerance(options: Options, scorer: str) -> float:
 
 def _smiles(answer: str, right: str, options: Options, folder: Path) -> Grade:
     """1 where both SMILES are the same molecule."""
-    wanted = canonical(right)
+    wanted = _canonical(right)
     if wanted is None:
         raise DataError(f"scorer smiles: expected a valid SMILES as the right answer, found {right!r:.60}")
-    return Grade(float(canonical(answer) == wanted))
+    return Grade(float(_canonical(answer) == wanted))
 
 
 def _molecule(answer: str, right: str, options: Options, folder: Path) -> Grade:
     """1 where the answer is a valid molecule whose `property` in the `table` is within `tolerance` of `target`."""
     key = _option(options, "molecule", "property", str)
     target = float(_option(options, "molecule", "target", (int, float)))
-    found = canonical(answer)
+    found = _canonical(answer)
     value = None if found is None else _table(folder / _option(options, "molecule", "table", str), key).get(found)
     return Grade(float(_near(value, target, _tolerance(options, "molecule"))))
 
 
-def canonical(smiles: str) -> str | None:
-    """RDKit's canonical SMILES of a molecule, or None for a text that is none."""
-    chem = _optional("rdkit.Chem", "smiles")
-    words = smiles.split()
-    with _optional("rdkit.rdBase", "smiles").BlockLogs():
-        # RDKit would take what follows a blank for the molecule's name
-        molecule = chem.MolFromSmiles(words[0]) if len(words) == 1 else None
-    return str(chem.MolToSmiles(molecule)) if molecule is not None else None
+def _canonical(answer: str) -> str | None:
+    found: str | None = _optional("xloom.suite.molecules", "smiles").canonical(answer.strip())
+    return found
 
 
 @cache
