@@ -164,6 +164,19 @@ def test_the_heads_settings_count_for_what_reads_it(world):
         model.config.softmax_temperature = temperature
 
 
+def test_the_mixtures_weight_is_not_the_experts(go, world):
+    model = world[0]
+    names = ["single:chem", "oracle", "uniform", "xlora"]
+    before = {o.system: [k.text for c in o.columns.values() for k in c.kept] for o in go(names=names)[0].outcomes}
+    model.config.global_scaling_weight = 3.0
+    try:
+        after = {o.system: [k.text for c in o.columns.values() for k in c.kept] for o in go(names=names)[0].outcomes}
+    finally:
+        model.config.global_scaling_weight = 1.0
+    assert after.pop("xlora") != before.pop("xlora")
+    assert after == before
+
+
 def test_a_system_that_cannot_be_made_is_named(go, world, tmp_path):
     rows = {"chem": write_rows(tmp_path / "chem.jsonl", [chat("abc", "d")])}  # no training rows
     tasks = load_tasks(rows)

@@ -406,6 +406,27 @@ def test_a_start_from_labels_routes_before_the_first_step(project: Path, experts
     assert found["labels"] == 1.0
 
 
+def test_rows_can_be_the_bases_own(project: Path, experts: dict[str, str]) -> None:
+    """Domain `down` has an expert here, but is said to be the base's."""
+    folder = train_head(
+        head_recipe(
+            project,
+            experts,
+            data={"up": str(project / "up.jsonl"), "down": {"files": str(project / "down.jsonl"), "expert": "base"}},
+            head={"null_expert": True, "head_input": "running_mean"},
+            init="labels",
+            learning_rate=1e-9,
+            routing_weight=0.0,
+            max_steps=12,
+        ),
+        progress=False,
+    )
+    use = record_of(folder)["use"]
+    assert use["up"]["up"] > 0.5
+    # all rows begin alike, and there the head cannot know
+    assert sum(use["down"].values()) < sum(use["up"].values()) - 0.3
+
+
 def test_only_the_first_rows_of_a_domain_are_taken(project: Path, experts: dict[str, str]) -> None:
     data = {"up": {"files": str(project / "up.jsonl"), "rows": 5}, "down": str(project / "down.jsonl")}
     folder = train_head(head_recipe(project, experts, data=data, max_steps=2), progress=False)

@@ -17,7 +17,7 @@ from xloom.evaluation.memory import PeakMemory
 from xloom.evaluation.results import Column, Evaluation, Outcome
 from xloom.evaluation.scorers import Grade
 from xloom.evaluation.store import AnswerFile, Kept, file_name, folder_digest, model_digest, question_key
-from xloom.evaluation.systems import System
+from xloom.evaluation.systems import System, changed
 from xloom.evaluation.tasks import Question, Task
 from xloom.model import XLoraForCausalLM
 
@@ -158,6 +158,8 @@ def _fill(system: System, bench: Bench, asked: _Asked, file: AnswerFile, loss: b
     if not missing and not unmeasured:
         return
     with PeakMemory(bench.model.device) as memory, ExitStack() as stack:
+        if not system.reads_head:  # the experts as they are, whatever weight the head's mixture has
+            stack.enter_context(changed(bench.model.config, {"global_scaling_weight": 1.0}))
         with _preparing():
             ready = stack.enter_context(system.ready(bench))
         started = time.perf_counter()

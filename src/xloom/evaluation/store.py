@@ -27,7 +27,7 @@ from xloom.model import XLoraForCausalLM
 _SAMPLE = 2**16  # elements or bytes of a large tensor or file
 _COUNTED = (".json", ".safetensors", ".gguf", ".jinja")
 _PASSED_OVER = ("training.json", "card.json")
-_SHARED_FIELDS = ("experts", "gate_at_layer", "global_scaling_weight")  # of the config, which count for every router
+_SHARED_FIELDS = ("experts", "gate_at_layer")  # of the config, which count for every router
 
 
 @dataclass(frozen=True)

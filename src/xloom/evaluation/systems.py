@@ -218,7 +218,7 @@ class Routed(System):
 
     @contextmanager
     def ready(self, bench: Bench) -> Iterator[Ready]:
-        with _changed(bench.model.config, self._fields):
+        with changed(bench.model.config, self._fields):
             router = self._make(bench)
             yield _ModelReady(bench, bench.model, lambda *_: router)
 
@@ -374,7 +374,8 @@ def _alike(chosen: Sequence[str], experts: Sequence[str]) -> Router:
 
 
 @contextmanager
-def _changed(config: XLoraConfig, fields: Mapping[str, Any]) -> Iterator[None]:
+def changed(config: XLoraConfig, fields: Mapping[str, Any]) -> Iterator[None]:
+    """Other values of some fields, for a while."""
     before = {name: getattr(config, name) for name in fields}
     try:
         for name, value in fields.items():

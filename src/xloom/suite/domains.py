@@ -83,7 +83,7 @@ def build_domain(
     name: str,
     folder: str | Path,
     *,
-    train: int = 3000,
+    train: int = 10_000,
     valid: int = 200,
     test: int = 300,
     pairs: float = 0.15,

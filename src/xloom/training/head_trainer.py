@@ -75,6 +75,8 @@ class HeadTrainer(CompletionTrainer):
         self.right: dict[str | None, int] = {
             domain: model.experts.index(name) for domain, name in recipe.right_experts().items()
         }
+        null = dict.fromkeys(recipe.base_domains(), len(model.experts))
+        self.labels: dict[str | None, int] = {**self.right, **null}  # columns
         self.states: HeadStates | None = None
         self.references: dict[str, dict[str, float]] = {}
         self.soft: dict[tuple[tuple[int, ...], int], Tensor] = {}
@@ -116,7 +118,7 @@ class HeadTrainer(CompletionTrainer):
                     f"{recipe.state_cache_gb:g} or the disk has; they are computed in every step instead"
                 )
         self.losses = ExpertLosses(self.model, base_id, expert_ids)
-        self._fill_soft_labels(run, [e for e in self.seen if e.domain not in self.right])
+        self._fill_soft_labels(run, [e for e in self.seen if e.domain not in self.labels])
         self._fill_references(run)
 
     def _fill_soft_labels(self, run: Run, unlabelled: Sequence[Example]) -> None:
@@ -190,8 +192,8 @@ class HeadTrainer(CompletionTrainer):
         row_targets, token_targets = torch.zeros(rows, columns), torch.zeros(rows, keep - 1, columns)
         for i, example in enumerate(examples):
             soft = self.soft.get((example.input_ids, example.completion_start))
-            if example.domain in self.right:
-                row_targets[i, self.right[example.domain]] = 1.0
+            if example.domain in self.labels:
+                row_targets[i, self.labels[example.domain]] = 1.0
             elif soft is not None and soft.ndim == 1:
                 row_targets[i] = soft
             elif soft is not None:

@@ -22,6 +22,7 @@ from xloom.errors import RecipeError, XLoomError, names
 from xloom.files import fetch_folder
 from xloom.training.rows import find_source
 
+BASE_ALONE = "base"  # instead of an expert's name
 _NAME_OR_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _R = TypeVar("_R", bound="Recipe")
 
@@ -80,8 +81,9 @@ class Domain(BaseModel):
 
     Args:
         files: what holds them, see `rows.find_source`.
-        expert: the right expert for them; by default the one that has the domain's name. None: there is no single
-            right one, and the experts' own losses say how well each suits a row.
+        expert: the right expert for them; by default the one that has the domain's name. "base": none of them, which
+            the null expert stands for. None: there is no single right one, and the experts' own losses say how well
+            each suits a row.
         weight: how often rows are drawn from here, relative to the other domains; not from how many.
         rows: take the first so many rows only.
     """
@@ -284,8 +286,12 @@ class HeadRecipe(Recipe):
         for name, domain in self.data.items():
             if domain.says_expert:
                 found.pop(name, None)
-                found |= {name: domain.expert} if domain.expert else {}
+                found |= {name: domain.expert} if domain.expert in self.experts else {}
         return found
+
+    def base_domains(self) -> list[str]:
+        """Those that the base should answer alone."""
+        return [n for n, domain in self.data.items() if domain.expert == BASE_ALONE and BASE_ALONE not in self.experts]
 
     def head_fields(self) -> dict[str, Any]:
         """The fields of `XLoraConfig` that the model is made with."""
@@ -315,10 +321,15 @@ class HeadRecipe(Recipe):
         self._check_domains()
 
     def _check_domains(self) -> None:
+        of_base = self.base_domains()
+        if of_base and not self.head.get("null_expert"):
+            self.refuse(f"data.{of_base[0]}.expert", "head.null_expert: true beside 'base'", "no null expert")
         for name, domain in self.data.items():
-            if domain.expert is not None and domain.expert not in self.experts:
+            if domain.expert is not None and domain.expert not in self.experts and name not in of_base:
                 self.refuse(
-                    f"data.{name}.expert", f"one of {names(self.experts)}, or null", _near(domain.expert, self.experts)
+                    f"data.{name}.expert",
+                    f"one of {names(self.experts)}, 'base' or null",
+                    _near(domain.expert, self.experts),
                 )
             if not domain.says_expert and name not in self.experts:
                 wanted = f"an expert's name ({names(self.experts)}), or 'expert: NAME' or 'expert: null' below it"
@@ -327,7 +338,7 @@ class HeadRecipe(Recipe):
             if name not in self.data and name not in self.experts:
                 self.refuse("valid", f"domains of data ({names(self.data)})", _near(name, self.data))
         needed = self.routing_weight or self.init == "labels"
-        if not self.right_experts() and needed and self.soft_labels == "off":
+        if not self.right_experts() and not of_base and needed and self.soft_labels == "off":
             self.refuse("soft_labels", "'row' or 'token' (or no routing term) where no domain has an expert", "'off'")
 
     def _check_head(self) -> None:
