@@ -75,8 +75,7 @@ class HeadTrainer(CompletionTrainer):
         self.right: dict[str | None, int] = {
             domain: model.experts.index(name) for domain, name in recipe.right_experts().items()
         }
-        null = dict.fromkeys(recipe.base_domains(), len(model.experts))
-        self.labels: dict[str | None, int] = {**self.right, **null}  # columns
+        self.labels = self.right | dict.fromkeys(recipe.base_domains(), len(model.experts))  # columns
         self.states: HeadStates | None = None
         self.references: dict[str, dict[str, float]] = {}
         self.soft: dict[tuple[tuple[int, ...], int], Tensor] = {}
