@@ -16,7 +16,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from xloom.training.head import train_head
-from xloom.training.recipe import Domain, HeadRecipe, load_head_recipe
+from xloom.training.recipe import HeadRecipe, load_head_recipe
+from xloom.training.recipe_fields import Domain
 
 RECIPE = Path(__file__).parents[1] / "recipes/suite/single-pass.yaml"
 

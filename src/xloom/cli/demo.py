@@ -21,7 +21,8 @@ from xloom.suite.domains import DOMAINS, DomainFiles, build_suite
 from xloom.suite.items import join_questions
 from xloom.suite.shipped import expert_folders, model_folder
 from xloom.training.head import train_head
-from xloom.training.recipe import Domain, HeadRecipe
+from xloom.training.recipe import HeadRecipe
+from xloom.training.recipe_fields import Domain
 
 SHOWN = ("materials", "peptides", "reasoning")  # the domains whose rows are there soonest
 SHIPPED = "single-pass"  # the model that is shown beside the head trained here

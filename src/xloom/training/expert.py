@@ -17,7 +17,8 @@ from xloom.errors import RecipeError
 from xloom.training.base import base_options, load_tokenizer, pad_id, quiet
 from xloom.training.data import Examples, read_examples, rows_record
 from xloom.training.loop import CompletionTrainer, train
-from xloom.training.recipe import ExpertRecipe, Lora
+from xloom.training.recipe import ExpertRecipe
+from xloom.training.recipe_fields import Lora
 from xloom.training.rows import find_source
 from xloom.training.run import Run
 

@@ -7,19 +7,19 @@ Every problem is a one-line `RecipeError` that names file, key, what was expecte
 Knows nothing of models, tokenizers or of what stands in the data files.
 """
 
-import difflib
 import re
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import BeforeValidator, Field, PrivateAttr
 
 from xloom.config import XLoraConfig, check_expert_names, check_field_names
 from xloom.errors import RecipeError, XLoomError, names
 from xloom.files import fetch_folder
+from xloom.training.recipe_fields import Checked, Count, Domains, Lora, Paths, Share, Weight, near, off
 from xloom.training.rows import find_source
 
 BASE_ALONE = "base"  # instead of an expert's name
@@ -27,88 +27,7 @@ _NAME_OR_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _R = TypeVar("_R", bound="Recipe")
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-def _off(value: Any) -> Any:
-    return "off" if value is False else value  # which is what YAML takes the word for
-
-
-def _check_targets(value: Any) -> Any:
-    if value == "all-linear" or (isinstance(value, list) and value and all(isinstance(v, str) for v in value)):
-        return value
-    raise ValueError("expected 'all-linear' or a list of module names")
-
-
-Count = Annotated[int, Field(strict=True, ge=1)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Layer = Annotated[int, Field(strict=True, ge=0)]
-Weight = Annotated[float, Field(ge=0)]
-Word = Annotated[str, Field(min_length=1)]
-Paths = Annotated[tuple[Word, ...], BeforeValidator(_as_list), Field(min_length=1)]
-Targets = Annotated[Literal["all-linear"] | tuple[str, ...], BeforeValidator(_check_targets)]
-
-
-class _Checked(BaseModel):
-    """A frozen model whose construction raises RecipeError in one line."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    def __init__(self, **data: Any) -> None:
-        try:
-            super().__init__(**data)
-        except ValidationError as error:
-            raise RecipeError("; ".join(_one_line(type(self), problem) for problem in error.errors())) from None
-
-
-class Lora(BaseModel):
-    """Shape of the LoRA adapter; fields mean what they mean in PEFT's `LoraConfig`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    r: Count = 8
-    alpha: Count = 16
-    dropout: Share = 0.0
-    targets: Targets = "all-linear"
-    use_rslora: bool = False
-    use_dora: bool = False
-    layers_to_transform: Annotated[tuple[Layer, ...], Field(min_length=1)] | None = None
-
-
-class Domain(BaseModel):
-    """Rows of one domain for the head.
-
-    Args:
-        files: what holds them, see `rows.find_source`.
-        expert: the right expert for them; by default the one that has the domain's name. "base": none of them, which
-            the null expert stands for. None: there is no single right one, and the experts' own losses say how well
-            each suits a row.
-        weight: how often rows are drawn from here, relative to the other domains; not from how many.
-        rows: take the first so many rows only.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    files: Paths
-    expert: str | None = None
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    rows: Count | None = None
-
-    @property
-    def says_expert(self) -> bool:
-        """Whether `expert` was given, be it as null."""
-        return "expert" in self.model_fields_set
-
-
-def _as_domain(value: Any) -> Any:
-    return {"files": value} if isinstance(value, (str, list, tuple)) else value
-
-
-Domains = dict[str, Annotated[Domain, BeforeValidator(_as_domain)]]
-
-
-class Recipe(_Checked):
+class Recipe(Checked):
     """What both kinds of run have in common.
 
     Args:
@@ -256,7 +175,7 @@ class HeadRecipe(Recipe):
     init: Literal["zero", "random", "arrow", "labels"] = "zero"
     learning_rate: Annotated[float, Field(gt=0)] = 5e-3
     routing_weight: Weight = 1.0
-    soft_labels: Annotated[Literal["row", "token", "off"], BeforeValidator(_off)] = "row"
+    soft_labels: Annotated[Literal["row", "token", "off"], BeforeValidator(off)] = "row"
     soft_temperature: Annotated[float, Field(gt=0)] = 1.0
     balance_weight: Weight = 0.0
     entropy_weight: Weight = 0.0
@@ -329,14 +248,14 @@ class HeadRecipe(Recipe):
                 self.refuse(
                     f"data.{name}.expert",
                     f"one of {names(self.experts)}, 'base' or null",
-                    _near(domain.expert, self.experts),
+                    near(domain.expert, self.experts),
                 )
             if not domain.says_expert and name not in self.experts:
                 wanted = f"an expert's name ({names(self.experts)}), or 'expert: NAME' or 'expert: null' below it"
-                self.refuse(f"data.{name}", wanted, _near(name, self.experts))
+                self.refuse(f"data.{name}", wanted, near(name, self.experts))
         for name in self.valid:
             if name not in self.data and name not in self.experts:
-                self.refuse("valid", f"domains of data ({names(self.data)})", _near(name, self.data))
+                self.refuse("valid", f"domains of data ({names(self.data)})", near(name, self.data))
         needed = self.routing_weight or self.init == "labels"
         if not self.right_experts() and not of_base and needed and self.soft_labels == "off":
             self.refuse("soft_labels", "'row' or 'token' (or no routing term) where no domain has an expert", "'off'")
@@ -402,31 +321,3 @@ def _load(kind: type[_R], path: Path) -> _R:
     recipe._file = path.absolute()
     recipe.check()
     return recipe
-
-
-def _one_line(kind: type[BaseModel], problem: Mapping[str, Any]) -> str:
-    loc: tuple[Any, ...] = problem["loc"]
-    key = ".".join(str(part) for part in loc if not str(part).startswith(("literal[", "tuple[")))
-    if problem["type"] == "extra_forbidden":
-        inner: dict[Any, type[BaseModel]] = {"lora": Lora, "data": Domain}
-        known = inner.get(loc[0], kind) if len(loc) > 1 else kind
-        return f"unknown key {key!r}{_nearest(str(loc[-1]), known.model_fields)}"
-    if problem["type"] == "missing":
-        return f"{key}: expected a value, found nothing"
-    expected = problem["msg"].removeprefix("Value error, ").removeprefix("Input should ")
-    expected = re.sub(r"^(String|Tuple|Value) should have (.*?)( after validation.*)?$", r"\2", expected)
-    expected = expected.removeprefix("be ")
-    expected = {"a valid tuple": "a list", "a valid dictionary": "keys with values"}.get(expected, expected)
-    if expected.startswith("a valid dictionary or instance of Domain"):
-        expected = "files, or keys with values"
-    return f"{key}: expected {expected.removeprefix('expected ')}, found {problem['input']!r}"
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else f"; known are {names(known, 40)}"
-
-
-def _near(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"{word!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
