@@ -164,6 +164,40 @@ def test_the_heads_settings_count_for_what_reads_it(world):
         model.config.softmax_temperature = temperature
 
 
+def test_an_experts_scale_counts(world):
+    """It is in no tensor that a model saves."""
+    model = world[0]
+    before, site = model_digest(model, head=False), model.mixture.sites[0]
+    site.scales[0] *= 2
+    try:
+        assert model_digest(model, head=False) != before
+    finally:
+        site.scales[0] /= 2
+
+
+def test_the_experts_that_a_folder_names_elsewhere_count(world, tmp_path):
+    model = world[0]
+    for name in model.experts:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "experts.json").write_text(json.dumps({name: f"../{name}" for name in model.experts}))
+    before = folder_digest(tmp_path / "model")
+    (tmp_path / model.experts[0] / "adapter_config.json").write_text('{"r": 4}')
+    assert folder_digest(tmp_path / "model") != before
+
+
+def test_equal_rows_of_two_tasks_have_grades_of_their_own(world, tmp_path):
+    model = world[0]
+    rows = write_rows(tmp_path / "rows.jsonl", [chat("abc", "d")])
+    tasks = [
+        *load_tasks({"never": rows}, scorer=lambda a, r: 0.0),
+        *load_tasks({"always": rows}, scorer=lambda a, r: 1.0),
+    ]
+    found = evaluate(model, tiny_tokenizer(), tasks, find_systems(["base"], model))
+    assert [column.scores.mean() for column in found.outcomes[0].columns.values()] == [0.0, 1.0]
+
+
 def test_the_mixtures_weight_is_not_the_experts(go, world):
     model = world[0]
     names = ["single:chem", "oracle", "uniform", "xlora"]
@@ -183,10 +217,11 @@ def test_a_system_that_cannot_be_made_is_named(go, world, tmp_path):
     with pytest.raises(DataError, match="^centroid: training rows for"):
         go(names=["base", "centroid"], tasks=tasks)
     found, _ = go(names=["base", "centroid", "few-shot", "uniform"], tasks=tasks, patient=True)
-    assert [o.system for o in found.outcomes] == ["base", "few-shot", "uniform"]
+    assert [o.system for o in found.outcomes] == ["base", "uniform"]
     assert found.notes[0].startswith("centroid: left out: training rows for")
-    assert found.notes[1] == "few-shot: lacks what it needs for chem"
-    assert found.outcomes[1].columns == {}
+    assert found.notes[1].startswith("few-shot: left out: expected what it needs for one task of chem at least")
+    with pytest.raises(DataError, match="^few-shot: expected what it needs"):
+        go(names=["few-shot"], tasks=tasks)
 
 
 def test_numbers_have_mae_and_r2(go, tmp_path):

@@ -11,7 +11,7 @@ from tiny import make_expert
 from toy import chat, tiny_tokenizer, write_rows
 from xloom import XLoraForCausalLM
 from xloom.collapse import static_expert
-from xloom.errors import ConfigError, UnknownExpertError
+from xloom.errors import ConfigError, DataError, UnknownExpertError
 from xloom.evaluation import evaluate, find_systems, load_tasks
 from xloom.evaluation.bench import Bench, right_experts
 from xloom.evaluation.decoding import Prompt, decode
@@ -88,16 +88,19 @@ def test_the_oracle_takes_the_right_expert(world):
 
 
 def test_the_oracle_weighs_several_right_experts_alike(world, tmp_path):
-    model, _, _ = world
+    model, tasks, _ = world
     rows = [{**chat("abcd efgh", "a; b"), "domain": "chem+prot"}, {**chat("hgfe", "b; c"), "domain": "prot+chem"}]
     joined = load_tasks({"joined": write_rows(tmp_path / "joined.jsonl", rows)})
     assert right_experts(joined[0].questions[0], model.experts) == ("chem", "prot")
     assert answers_of(world, "oracle", joined) == by_hand(model, joined, Fixed({"chem": 0.5, "prot": 0.5}))
     strange = load_tasks({"odd": write_rows(tmp_path / "odd.jsonl", [{**chat("abc", "d"), "domain": "chem+zoo"}])})
     assert right_experts(strange[0].questions[0], model.experts) == ()
-    found = evaluate(model, tiny_tokenizer(), strange, find_systems(["oracle"], model))
-    assert found.outcomes[0].columns == {}
-    assert found.notes == ("oracle: lacks what it needs for odd",)
+    with pytest.raises(DataError, match="^oracle: expected what it needs for one task of odd at least, found none"):
+        evaluate(model, tiny_tokenizer(), strange, find_systems(["oracle"], model))
+    both = evaluate(model, tiny_tokenizer(), [*tasks, *strange], find_systems(["oracle"], model))
+    assert set(both.outcomes[0].columns) == set(DOMAINS)
+    assert both.notes == ("oracle: lacks what it needs for odd",)
+    assert both.rows(), "a column that nobody answered is left out"
 
 
 @pytest.mark.parametrize("top_k", [None, 1])

@@ -176,3 +176,14 @@ def test_the_record_of_a_recipe_means_the_same_when_it_is_read_again(project: Pa
     path.write_text(yaml.safe_dump(record, sort_keys=False))
     again = load_head_recipe(path)
     assert (again.as_record(), again.meaning()) == (record, recipe.meaning())
+
+
+def test_the_bases_rows_are_not_those_of_nobody(project: Path) -> None:
+    """Another label is another run."""
+    records = [
+        load_head_recipe(
+            head_file(project, data={"all": {"files": "up.jsonl", "expert": expert}}, head={"null_expert": True})
+        ).as_record()
+        for expert in (None, "base")
+    ]
+    assert records[0] != records[1]

@@ -104,7 +104,7 @@ class Evaluation:
             task.name: {o.system: o.columns[task.name].scores for o in self.outcomes if task.name in o.columns}
             for task in self.tasks
         }
-        return Comparison(scores)
+        return Comparison({column: by_system for column, by_system in scores.items() if by_system})
 
     def normalised(self, system: str, column: str | None = None) -> Interval | None:
         """The score as a share of the Oracle's: in one column, or as the mean over the domains."""

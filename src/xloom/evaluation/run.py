@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xloom.errors import ConfigError, XLoomError, names
+from xloom.errors import ConfigError, DataError, XLoomError, names
 from xloom.evaluation.bench import Bench
 from xloom.evaluation.decoding import BATCH_TOKENS, Answer, Prompt
 from xloom.evaluation.memory import PeakMemory
@@ -42,10 +42,10 @@ class Watch:
 class _Grader:
     """Grades, each computed once: the same answer to the same question comes from many systems."""
 
-    known: dict[tuple[str, str], Grade] = field(default_factory=dict)
+    known: dict[tuple[int, str], Grade] = field(default_factory=dict)
 
     def __call__(self, question: Question, answer: str) -> Grade:
-        key = (question.row.where, answer)
+        key = (id(question), answer)
         if key not in self.known:
             self.known[key] = question.grade(answer)
         return self.known[key]
@@ -115,6 +115,9 @@ def _one(
     watch: Watch,
 ) -> Outcome:
     tasks = [task for task in bench.tasks if system.takes(bench, task)]
+    if not tasks:
+        known = names([task.name for task in bench.tasks], 20)
+        raise _NotReadyError(DataError(f"expected what it needs for one task of {known} at least, found none"))
     if left := [task.name for task in bench.tasks if task not in tasks]:
         notes.append(f"{system.name}: lacks what it needs for {names(left, 20)}")
     questions = [question for task in tasks for question in task.questions]

@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 
+from xloom.checkpoints.native import EXPERT_FOLDERS
 from xloom.config import own_fields
 from xloom.errors import ConfigError
 from xloom.evaluation.decoding import Prompt
 from xloom.evaluation.tasks import Question
+from xloom.files import read_json
 from xloom.model import XLoraForCausalLM
 
 _SAMPLE = 2**16  # elements or bytes of a large tensor or file
@@ -155,6 +157,8 @@ def model_digest(model: XLoraForCausalLM, *, head: bool) -> str:
     told = model.config.to_dict()
     fields = {name: told[name] for name in (sorted(own_fields()) if head else _SHARED_FIELDS) if name in told}
     found = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
+    for site in model.mixture.sites:  # which ranks are whose, and alpha/r: in no tensor
+        found.update(repr((site.name, site.ranks, site.scales)).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if name.startswith("head.") and not head:
             continue
@@ -167,8 +171,14 @@ def model_digest(model: XLoraForCausalLM, *, head: bool) -> str:
 
 
 def folder_digest(folder: Path) -> str:
-    """SHA-256, as hex, of a folder's weights and settings; reports and logs do not count."""
+    """SHA-256, as hex, of a folder's weights and settings, and of the experts that it names elsewhere.
+
+    Reports and logs do not count.
+    """
     found = hashlib.sha256()
+    if (folder / EXPERT_FOLDERS).is_file():
+        for name, way in sorted(read_json(folder / EXPERT_FOLDERS).items()):
+            found.update(f"{name}:{folder_digest(folder / str(way))};".encode())
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
         if path.suffix not in _COUNTED or path.name in _PASSED_OVER or "logs" in inside.parts:

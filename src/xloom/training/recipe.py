@@ -191,6 +191,7 @@ class HeadRecipe(Recipe):
 
     def as_record(self) -> dict[str, Any]:
         record, right = super().as_record(), self.right_experts()
+        right |= dict.fromkeys(self.base_domains(), BASE_ALONE)
         for name, domain in record["data"].items():
             domain["expert"] = right.get(name)
         return record
