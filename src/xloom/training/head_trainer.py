@@ -160,7 +160,8 @@ class HeadTrainer(CompletionTrainer):
         elif recipe.init == "arrow":
             fit_to_arrow(self.model, sample[:_ARROW_SAMPLE], self.pad_id, recipe.batch_size)
         elif recipe.init == "labels":
-            order, size = self.train_dataset.order, recipe.batch_size
+            # as they are drawn, but no longer: a run of many epochs learns no more of the labels
+            order, size = self.train_dataset.order[: len(self.seen)], recipe.batch_size
             batches = [[self.rows[i] for i in order[at : at + size]] for at in range(0, len(order), size)]
             fit_to_labels(self.model, batches, self.collate, recipe.seed)
 
