@@ -262,7 +262,7 @@ def test_every_recipe_loads(tmp_path, monkeypatch):
         assert list(load_head_recipe(tmp_path / "recipes" / "suite" / f"{name}.yaml").experts) == list(DOMAINS)
     demo = importlib.import_module("xloom.cli.demo")  # the package has a command of that name
     files = {name: shelf.rows_of(name) for name in demo.SHOWN}
-    theirs = demo.head_recipe(tmp_path, files, {name: tmp_path / "experts" / name for name in demo.SHOWN}, 30)
+    theirs = demo.head_recipe(tmp_path, files, {name: tmp_path / "experts" / name for name in demo.SHOWN}, 20)
     for name in ("head", "unlabelled"):
         ours = load_head_recipe(tmp_path / "recipes" / f"{name}.yaml")
         for field in (
