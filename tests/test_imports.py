@@ -13,7 +13,7 @@ import xloom
 SOURCE = Path(xloom.__file__).parent
 ORDER = (
     "errors", "files", "suite", "config", "gating", "experts", "modules", "fused", "mixture", "routers", "cache",
-    "checkpoints", "architecture", "trace", "passes", "loading", "model", "classification", "merging", "training",
+    "checkpoints", "architecture", "trace", "passes", "decoding", "loading", "model", "classification", "merging", "training",
     "collapse", "evaluation", "benchmark", "cli", "__main__",
 )  # fmt: skip
 SUITE_MAY_IMPORT = {"errors", "files"}

@@ -17,17 +17,19 @@ _HOMES = {
     "XLoraForSequenceClassification": "xloom.classification",
     "errors": "xloom.errors",
     "routers": "xloom.routers",
+    "speculative": "xloom.decoding",
 }
 
 __all__ = [
     "Expert", "ScalingHead", "ScalingsLog", "XLoraConfig", "XLoraForCausalLM", "XLoraForSequenceClassification",
-    "errors", "routers",
+    "errors", "routers", "speculative",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from xloom import errors, routers
     from xloom.classification import XLoraForSequenceClassification
     from xloom.config import XLoraConfig
+    from xloom.decoding import speculative
     from xloom.experts import Expert
     from xloom.gating import ScalingHead
     from xloom.model import XLoraForCausalLM

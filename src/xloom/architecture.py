@@ -46,6 +46,7 @@ VERIFIED = frozenset({
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "opt", "gpt_neox", "falcon",
     "olmo2", "granite", "starcoder2", "cohere", "stablelm", "bloom", "mixtral", "qwen3_moe",
 })  # fmt: skip
+_POSITIONS_FROM_MASKS = {"bloom"}  # of these
 
 
 class _Made(Protocol):
@@ -329,6 +330,23 @@ class Gate:
                 hook.remove()
             self._as_tuple = isinstance(seen[0], tuple)
         return self._as_tuple
+
+
+def takes_own_masks(base: PreTrainedModel) -> bool:
+    """Whether a decoder goes by the masks [1, 1, T, past + T] and positions it is given, and by nothing else."""
+    text = base.config.get_text_config(decoder=True)
+    plain = text._attn_implementation in {"sdpa", "eager"}
+    return plain and text.model_type in VERIFIED - _POSITIONS_FROM_MASKS
+
+
+def attention_windows(base: PreTrainedModel) -> dict[str, int | None]:
+    """Tokens that the attention of each kind of layer reaches back, itself included; None for all."""
+    text = base.config.get_text_config(decoder=True)
+    window = getattr(text, "sliding_window", None)
+    kinds: list[str] | None = getattr(text, "layer_types", None)
+    if kinds is None:
+        return {"all": window}
+    return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(kinds))}
 
 
 def install_gate(model: PreTrainedModel, index: int) -> Gate:

@@ -10,6 +10,7 @@ Knows nothing of models or routers.
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
@@ -17,7 +18,50 @@ from xloom.config import XLoraConfig
 from xloom.errors import CacheError
 from xloom.gating import PoolState
 
+_ROOM = 64  # tokens a fresh buffer has room for beyond what it holds
 _WHY = "it was filled under another router; start a new cache when the router changes"
+
+
+class BufferLayer(DynamicLayer):
+    """A `DynamicLayer` whose `update` copies the new tokens alone, and whose `crop` moves no data."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self._length = keys.shape[-2]
+        self._keys, self._values = _grown(keys, self._length), _grown(values, self._length)
+        self._show()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        start, self._length = self._length, self._length + key_states.shape[-2]
+        if self._length > self._keys.shape[-2]:
+            self._keys = _grown(self._keys[..., :start, :], self._length)
+            self._values = _grown(self._values[..., :start, :], self._length)
+        self._keys[..., start : self._length, :] = key_states
+        self._values[..., start : self._length, :] = value_states
+        self._show()
+        return self.keys, self.values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self._length -= abs(tokens_to_remove)
+        self._show()
+
+    def select(self, places: Tensor) -> None:
+        """Only these tokens stay, in this order."""
+        self._keys, self._values = self.keys.index_select(-2, places), self.values.index_select(-2, places)
+        self._length = len(places)
+        self._show()
+
+    def _show(self) -> None:
+        self.keys, self.values = self._keys[..., : self._length, :], self._values[..., : self._length, :]
+
+
+def _grown(part: Tensor, length: int) -> Tensor:
+    whole = part.new_empty(*part.shape[:-2], 2 * length + _ROOM, part.shape[-1])
+    whole[..., : part.shape[-2], :] = part
+    return whole
 
 
 @dataclass(frozen=True)
@@ -64,7 +108,7 @@ def views(cache: Cache, config: XLoraConfig, *, two_passes: bool) -> CacheViews:
     if two_passes:
         for layer in pools:
             _check_lengths(first[0], layer, "the pooled head input")
-    if any(type(layer) not in (DynamicLayer, StaticLayer) for layer in pools):
+    if any(type(layer) not in (DynamicLayer, BufferLayer, StaticLayer) for layer in pools):
         raise CacheError(f"a pooled head input needs a dynamic or static cache, found {type(cache).__name__}")
     if config.num_stacks == 1:
         return CacheViews(Cache(layers=first), Cache(layers=first), pools)

@@ -4,7 +4,7 @@ What it is made of and how it runs is in `xloom.passes`; making, loading and sav
 Letters: B batch  T tokens  D hidden size  S sites  N experts
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from xloom import checkpoints
 from xloom.config import XLoraConfig
+from xloom.decoding import Speculative, Step, steps
 from xloom.errors import ModulesToSaveError
 from xloom.experts import Expert
 from xloom.loading import XLoraModel
@@ -46,7 +47,6 @@ class XLoraForCausalLM(XLoraModel, GenerationMixin):
 
     def __init__(self, config: XLoraConfig, base: Any = None, experts: Any = None) -> None:
         super().__init__(config, base, experts)
-        self._adapts_lm_head = any(site is base.get_output_embeddings() for site in self.mixture.sites)
         if base.generation_config is not None:
             self.generation_config = base.generation_config
 
@@ -82,7 +82,7 @@ class XLoraForCausalLM(XLoraModel, GenerationMixin):
                 without a cache only.
         """
         # Experts on the language-model head need all tokens there: scalings belong to tokens, not to what is kept.
-        cut_after = self._adapts_lm_head and not (isinstance(logits_to_keep, int) and logits_to_keep == 0)
+        cut_after = self.adapts_lm_head and not (isinstance(logits_to_keep, int) and logits_to_keep == 0)
         out, scalings = self.run_passes(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
@@ -108,6 +108,27 @@ class XLoraForCausalLM(XLoraModel, GenerationMixin):
             aux_loss=getattr(out, "aux_loss", None),
         )
         return output if return_dict is not False else output.to_tuple()
+
+    def stream(
+        self,
+        input_ids: Tensor,
+        tokenizer: Any = None,
+        *,
+        speculative: Speculative | bool = False,
+        **options: Any,
+    ) -> Iterator[Step]:
+        """Token by token, each with its text, log-probability and the scalings that wrote it.
+
+        Args:
+            input_ids: [1, T].
+            tokenizer: gives each step its text; without one it is empty.
+            speculative: True, or `xloom.speculative(...)`, writes the same text in fewer forwards.
+            options: as `generate` takes them (`max_new_tokens`, `do_sample`, `attention_mask`, ...).
+
+        Raises:
+            ConfigError: more than one sequence, beams.
+        """
+        return steps(self, input_ids, tokenizer, speculative=speculative, **options)
 
     def prepare_inputs_for_generation(
         self,

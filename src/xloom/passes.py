@@ -36,6 +36,7 @@ class TwoPassModel(PreTrainedModel):
         base: a model of transformers, with a `Site` in place of every adapted module.
         head: the `ScalingHead`.
         mixture: the sites and the router in charge.
+        takes_positions: whether the base's decoder takes `position_ids`.
     """
 
     config_class = XLoraConfig
@@ -85,7 +86,8 @@ class TwoPassModel(PreTrainedModel):
         dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
         size = architecture.hidden_size(base, gated=config.gate_at_layer is not None)
         self.head = ScalingHead(config, size, dtype).to(base.device)
-        self._takes_positions = "position_ids" in inspect.signature(base.base_model.forward).parameters
+        self.takes_positions = "position_ids" in inspect.signature(base.base_model.forward).parameters
+        self.adapts_lm_head = any(site is base.get_output_embeddings() for site in self.mixture.sites)
         self._router: Router = XLora()
         self._log: ScalingsLog | None = None
         self.post_init()
@@ -174,6 +176,20 @@ class TwoPassModel(PreTrainedModel):
         finally:
             self._log = before
 
+    @contextmanager
+    def unlogged(self) -> Iterator[None]:
+        """Forwards in the block are not logged: drafts that may be thrown away."""
+        before, self._log = self._log, None
+        try:
+            yield
+        finally:
+            self._log = before
+
+    def log(self, scalings_BTSN: Tensor) -> None:
+        """For those who ran a forward unlogged and keep it."""
+        if self._log is not None:
+            self._log.append(scalings_BTSN)
+
     # --- the two passes ---
 
     def run_passes(
@@ -209,7 +225,7 @@ class TwoPassModel(PreTrainedModel):
             "input_ids": input_ids,
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
-            "position_ids": position_ids if self._takes_positions else None,
+            "position_ids": position_ids if self.takes_positions else None,
             "token_type_ids": token_type_ids,
         }
         inputs = {key: value for key, value in inputs.items() if value is not None} | {"use_cache": bool(use_cache)}
@@ -237,9 +253,44 @@ class TwoPassModel(PreTrainedModel):
             out = self.base(**inputs, past_key_values=split.mixed if split else None, return_dict=True, **for_base)
         out.past_key_values = past_key_values if use_cache else None
         scalings = decided[0].scalings_BTSN if decided else self._answered(asked, tokens)
-        if self._log is not None:
-            self._log.append(scalings)
+        self.log(scalings)
         return out, scalings
+
+    def joint_pass(
+        self, scalings_TSN: Tensor, scaling: slice, split: CacheViews, **inputs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens of both passes as one row, which `attention_mask` [1, 1, T, past + T] keeps apart.
+
+        Args:
+            scalings_TSN: of the tokens of the mixed pass; those of the scaling pass get their own.
+            scaling: the tokens of the scaling pass. The router in charge decides on their scalings.
+            split: one stack for both passes, and the pools.
+            inputs: `input_ids` [1, T], `position_ids`, `attention_mask`.
+
+        Returns:
+            Logits of the other tokens, and the scalings that were decided on.
+        """
+        weights = scaling_pass_scalings(self.config, self.head.linears[0].weight)
+        scalings_TSN[scaling] = 0.0 if weights is None else weights
+        mixed = torch.ones(len(scalings_TSN), dtype=torch.bool, device=scalings_TSN.device)
+        mixed[scaling] = False
+        self.mixture.global_weight = self.config.global_scaling_weight
+        hidden: list[Tensor] = []
+
+        def take(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+            hidden.append(given[0][:, scaling])
+            # experts on the language-model head have scalings of all tokens
+            return given if self.adapts_lm_head else (given[0][:, mixed], *given[1:])
+
+        hook = self.base.get_output_embeddings().register_forward_pre_hook(take)
+        try:
+            with torch.no_grad(), self.mixture.routed_by(Precomputed(scalings_TSN[None])):
+                logits_TV = self.base(**inputs, past_key_values=split.mixed, use_cache=True, return_dict=True).logits[0]
+        finally:
+            hook.remove()
+        keep_BT = torch.ones(hidden[0].shape[:2], dtype=torch.bool, device=hidden[0].device)
+        decided = self._decide(hidden[0], keep_BT, split).scalings_BTSN[0]
+        return logits_TV[mixed] if self.adapts_lm_head else logits_TV, decided
 
     def _scaling_pass(self, inputs: dict[str, Any], split: CacheViews | None) -> Tensor:
         """Hidden state [B, T, D] after the final norm, from the decoder alone: no logits, no gradients, no dropout."""
@@ -304,7 +355,7 @@ class TwoPassModel(PreTrainedModel):
 
     def positions(self, attention_mask: Tensor) -> dict[str, Tensor]:
         """`position_ids` [B, T] of left-padded rows as a keyword, or nothing where the base takes none."""
-        if not self._takes_positions:
+        if not self.takes_positions:
             return {}
         return {"position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0)}
 

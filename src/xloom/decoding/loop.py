@@ -1,0 +1,188 @@
+"""The loop that writes: drafts go through the model in windows, and what the model would have written anyway stays.
+
+A draft that is a likely token, drawn from q, is accepted with probability min(1, p / q) where p is what the model says,
+and otherwise replaced by one drawn from what p has beyond q (Leviathan et al., arXiv 2211.17192): the text is
+distributed as if no draft had been there. Greedy text is the model's greedy text. Knows nothing of caches.
+Letters: W tokens of the window  V vocabulary  S sites  N experts
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xloom.decoding.drafts import lookup
+from xloom.decoding.steppers import Stepper
+
+Process = Callable[[Tensor, Tensor], Tensor]  # token ids [1, T] and logits [1, V] -> scores [1, V]
+
+
+@dataclass
+class Tally:
+    """What drafting did: forwards after the prompt, tokens written, drafts looked at and those that were right."""
+
+    forwards: int = 0
+    tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    widest: int = 0
+
+    def count(self, *, drafted: bool, accepted: bool) -> None:
+        self.tokens += 1
+        self.drafted += drafted
+        self.accepted += accepted
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return self.tokens / self.forwards if self.forwards else 0.0
+
+    @property
+    def acceptance(self) -> float:
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+
+class Written(NamedTuple):
+    """One token of the text, the logits [V] and scalings [S, N] it was written with, and whether it was a draft."""
+
+    token: int
+    logits_V: Tensor
+    scores_V: Tensor
+    scalings_SN: Tensor
+    from_draft: bool
+
+
+class Draft(NamedTuple):
+    token: int
+    q_V: Tensor | None = None  # what it was drawn from; None for a token that is simply put forward
+
+
+@dataclass
+class Policy:
+    """How many looked-up tokens a window may have: more when all were right, fewer when they were not.
+
+    Args:
+        most: bound; 0 for none.
+    """
+
+    most: int
+    now: int = 2
+
+    def looked_up(self, drafts: int, accepted: int) -> None:
+        if drafts:
+            self.now = min(self.now + 2, self.most) if accepted >= drafts else max(self.now - 1, 1)
+
+    @property
+    def count(self) -> int:
+        return min(self.now, self.most)
+
+
+class Chooser:
+    """Picks tokens from logits: the likeliest, or drawn."""
+
+    def __init__(self, process: Process, sample: bool, generator: torch.Generator | None = None) -> None:
+        self._process, self._sample, self._generator = process, sample, generator
+
+    def propose(self, ids_1T: Tensor, logits_V: Tensor) -> Draft:
+        """A likely next token, from logits that are nearly right."""
+        scores_V = self._process(ids_1T, logits_V[None].float())[0]
+        if not self._sample:
+            return Draft(int(scores_V.argmax()))
+        q_V = scores_V.softmax(-1)
+        return Draft(self._draw(q_V), q_V)
+
+    def choose(self, ids_1T: Tensor, logits_V: Tensor, draft: Draft | None) -> tuple[int, Tensor]:
+        """The next token, and the scores [V] it was chosen by; it is the draft's where that may stay."""
+        scores_V = self._process(ids_1T, logits_V[None].float())[0]
+        if not self._sample:
+            return int(scores_V.argmax()), scores_V
+        p_V = scores_V.softmax(-1)
+        if draft is None:
+            return self._draw(p_V), scores_V
+        q_V = draft.q_V if draft.q_V is not None else _certain(draft.token, p_V)
+        if torch.rand((), generator=self._generator) * q_V[draft.token] < p_V[draft.token]:
+            return draft.token, scores_V
+        return self._draw((p_V - q_V).clamp(min=0)), scores_V
+
+    def _draw(self, weights_V: Tensor) -> int:
+        return int(torch.multinomial(weights_V, 1, generator=self._generator))
+
+
+def _certain(token: int, like_V: Tensor) -> Tensor:
+    q_V = torch.zeros_like(like_V)
+    q_V[token] = 1.0
+    return q_V
+
+
+def write(
+    stepper: Stepper,
+    ids_1T: Tensor,
+    first: int,
+    chooser: Chooser,
+    *,
+    room: Callable[[], int],
+    policy: Policy,
+    tally: Tally,
+    extra: Callable[[Sequence[int], int], list[int]] = lookup,
+) -> Generator[Written]:
+    """Tokens after `first`, for ever; whoever has enough closes the iterator.
+
+    Args:
+        ids_1T: [1, T] the text before `first`.
+        room: how many more tokens may be written at most; drafts do not go beyond.
+        extra: puts tokens forward, from the text so far and a count.
+    """
+    text = [*ids_1T[0].tolist(), first]
+    drafts: list[Draft] = []
+    while True:
+        drafts = drafts[: max(0, room())]
+        looked = 0
+        if len(drafts) < room():
+            count = min(policy.count, room() - len(drafts))
+            more = extra([*text, *(d.token for d in drafts)], count)[:count]
+            looked = len(more)
+            drafts += [Draft(token) for token in more]
+        window = [text[-1], *(draft.token for draft in drafts)]
+        out = stepper.step(window)
+        tally.forwards += 1
+        tally.widest = max(tally.widest, len(window))
+
+        right, rejected = 1, False  # tokens of the window that are the text's
+        for i in range(out.exact):
+            draft = drafts[i] if i < len(drafts) else None
+            token, scores_V = chooser.choose(ids_1T.new_tensor([text]), out.logits_WV[i], draft)
+            accepted = draft is not None and token == draft.token
+            text.append(token)
+            tally.count(drafted=draft is not None, accepted=accepted)
+            try:
+                yield Written(token, out.logits_WV[i], scores_V, out.scalings_WSN[i], accepted)
+            except GeneratorExit:  # the last token stays out of the cache, as with `generate`
+                stepper.keep(len(window), i + 1)
+                raise
+            right += accepted
+            rejected = not accepted
+            if rejected:
+                break
+        stepper.keep(len(window), min(out.exact, right))
+        left = drafts[right - 1 :]
+        drafts = [] if rejected else _revised(chooser, ids_1T, text, left, out.logits_WV[right - 1 :])
+        same = next((i for i, (old, new) in enumerate(zip(left, drafts)) if old.token != new.token), len(drafts))
+        policy.looked_up(looked, right - 1 + min(same, len(left)) - (len(window) - 1 - looked))
+
+
+def _revised(
+    chooser: Chooser, ids_1T: Tensor, text: Sequence[int], drafts: Sequence[Draft], logits_WV: Tensor
+) -> list[Draft]:
+    """What logits that are nearly right say about drafts; what they contradict goes, and all that follows it.
+
+    Args:
+        logits_WV: those that each draft is judged by, and one more, which adds a draft.
+    """
+    found: list[Draft] = []
+    for place, logits_V in enumerate(logits_WV):
+        ids = ids_1T.new_tensor([[*text, *(draft.token for draft in found)]])
+        found.append(chooser.propose(ids, logits_V))
+        if place >= len(drafts) or found[-1].token != drafts[place].token:
+            break
+    return found

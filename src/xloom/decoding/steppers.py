@@ -1,0 +1,187 @@
+"""One step of decoding: a window of tokens through the model, for one sequence.
+
+`OnePass` asks the model as it is: every logit is exact. `Joint` runs both passes of a two-pass model in one forward:
+
+    mixed pass     tokens that the last step has seen, with their true scalings: exact
+    scaling pass   tokens that are new: their hidden states give their true scalings
+    mixed pass     the same new tokens, with the newest true scalings: nearly right
+
+so that a token is exact one step after it was first seen, and what comes next is known nearly at once.
+Letters: W tokens of the window  V vocabulary  S sites  N experts
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from xloom import architecture
+from xloom.cache import CacheViews, views
+from xloom.decoding import working
+from xloom.passes import TwoPassModel
+from xloom.routers import HiddenStateRouter
+
+
+class Stepped(NamedTuple):
+    """What a window gave: logits [W, V], the scalings [W, S, N] they were computed with, and how many are exact."""
+
+    logits_WV: Tensor
+    scalings_WSN: Tensor
+    exact: int
+
+
+class Stepper(ABC):
+    """A sequence that is being written.
+
+    Args:
+        length: tokens that the cache holds.
+    """
+
+    def __init__(self, model: TwoPassModel, length: int) -> None:
+        self.model, self.length = model, length
+        self._started = length
+
+    @abstractmethod
+    def step(self, window: Sequence[int]) -> Stepped:
+        """The window's tokens follow those that are kept."""
+
+    @abstractmethod
+    def keep(self, window: int, count: int) -> None:
+        """Of the last window's tokens the first `count` stay, which must be exact and right."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Everything kept goes into the cache that the stepper was made from."""
+
+
+@final
+class OnePass(Stepper):
+    """The model as it is, whatever its router: exact at once, in one or two passes.
+
+    Args:
+        mask: attention mask [1, T] of what the cache holds, where some of it is padding.
+    """
+
+    def __init__(self, model: TwoPassModel, cache: Cache, length: int, mask: Tensor | None) -> None:
+        super().__init__(model, length)
+        self._mask, self._given = mask, cache
+        self._cache = Cache(layers=working.copied(cache.layers))
+        self._scalings_WSN: Tensor
+
+    def step(self, window: Sequence[int]) -> Stepped:
+        inputs = {"input_ids": torch.tensor([window], device=self.model.device)}
+        if self._mask is not None:
+            more = self._mask.new_ones(1, self.length + len(window) - self._mask.shape[1])
+            inputs["attention_mask"] = torch.cat([self._mask, more], dim=1)
+            positions = self.model.positions(inputs["attention_mask"])
+            inputs |= {name: of[:, -len(window) :] for name, of in positions.items()}
+        with self.model.unlogged():
+            out = self.model(**inputs, past_key_values=self._cache, use_cache=True)
+        self._scalings_WSN = out.scalings[0]
+        return Stepped(out.logits[0], out.scalings[0], len(window))
+
+    def keep(self, window: int, count: int) -> None:
+        self.model.log(self._scalings_WSN[None, :count])
+        working.cut(self._cache.layers, window - count)
+        self.length += count
+
+    def close(self) -> None:
+        working.write_back(self._given.layers, self._cache.layers, self.length - self._started)
+
+
+@final
+class Joint(Stepper):
+    """Both passes of a two-pass model in one forward.
+
+    Args:
+        mask: as for `OnePass`.
+        last_SN: scalings of the last token in the cache.
+    """
+
+    def __init__(self, model: TwoPassModel, cache: Cache, length: int, mask: Tensor | None, last_SN: Tensor) -> None:
+        super().__init__(model, length)
+        given = views(cache, model.config, two_passes=True)
+        self._slots = working.Slots(given, length, mask)
+        self._given_pools, self._pools = given.pools, working.copied(given.pools)
+        self._padding = 0 if mask is None else int((mask[0, :length] == 0).sum())
+        self._last_SN = last_SN
+        self._seen: list[int] = []  # tokens after the kept ones whose true scalings are known
+        self._known_WSN = last_SN[None][:0]
+
+    def step(self, window: Sequence[int]) -> Stepped:
+        exact = _same(window, self._seen)
+        new = len(window) - exact
+        self._forget(exact)
+        known_WSN = self._known_WSN
+        newest_SN = known_WSN[-1] if exact else self._last_SN
+        used_WSN = torch.cat([known_WSN, newest_SN.expand(new, -1, -1)])
+        logits_WV, decided_WSN = self._forward(window, exact, used_WSN)
+        self._seen, self._known_WSN = list(window), torch.cat([known_WSN, decided_WSN])
+        return Stepped(logits_WV, used_WSN, exact)
+
+    def _forward(self, window: Sequence[int], exact: int, used_WSN: Tensor) -> tuple[Tensor, Tensor]:
+        new, device = len(window) - exact, self.model.device
+        places = torch.arange(self.length, self.length + len(window), device=device)
+        positions = torch.cat([places, places[exact:]])
+        passes = torch.full_like(positions, working.MIXED)
+        scaling = slice(exact, exact + new)
+        passes[scaling] = working.SCALING
+        ids = torch.tensor([[*window, *window[exact:]]], device=device)
+        scalings = torch.cat([used_WSN, used_WSN[exact:]])
+        split = CacheViews(self._slots.cache, self._slots.cache, self._pools)
+        out = self.model.joint_pass(
+            scalings,
+            scaling,
+            split,
+            input_ids=ids,
+            position_ids=(positions - self._padding)[None],
+            attention_mask=self._masks(positions, passes),
+        )
+        self._slots.added(positions, passes)
+        return out
+
+    def keep(self, window: int, count: int) -> None:
+        if count:
+            self._last_SN = self._known_WSN[count - 1]
+            self.model.log(self._known_WSN[None, :count])
+        self._seen, self._known_WSN = self._seen[count:], self._known_WSN[count:]
+        self.length += count
+
+    def close(self) -> None:
+        self._forget(0)
+        self._slots.write_back(self.length)
+        working.write_back(self._given_pools, self._pools, self.length - self._started)
+
+    def _forget(self, exact: int) -> None:
+        """All but the kept tokens, and the first `exact` that were seen in the scaling pass after them."""
+        self._slots.drop(self.length + exact, self.length)
+        working.cut(self._pools, len(self._seen) - exact)
+        self._seen, self._known_WSN = self._seen[:exact], self._known_WSN[:exact]
+
+    def _masks(self, positions: Tensor, passes: Tensor) -> Any:
+        """As the base's decoder takes them: one, or one for every kind of its layers."""
+        windows = architecture.attention_windows(self.model.base)
+        made = {
+            kind: self._slots.mask(positions, passes, self.model.base.dtype, size) for kind, size in windows.items()
+        }
+        return made if len(made) > 1 else next(iter(made.values()))
+
+
+def _same(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens are the same from the start."""
+    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+
+
+def stepper_for(
+    model: TwoPassModel, cache: Cache, length: int, mask: Tensor | None, last_SN: Tensor, *, drafting: bool
+) -> Stepper:
+    """The stepper that suits the model and its router in charge. A joint pass pays off with drafts only."""
+    two_passes = isinstance(model.router, HiddenStateRouter) and model.config.gate_at_layer is None
+    if drafting and two_passes and architecture.takes_own_masks(model.base):
+        depth = model.config.base_text_config.num_hidden_layers
+        if all(working.holds_all(layer, length) for layer in cache.layers[: 2 * depth]):
+            return Joint(model, cache, length, mask, last_SN)
+    return OnePass(model, cache, length, mask)

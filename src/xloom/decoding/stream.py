@@ -1,0 +1,76 @@
+"""`steps`: text as it is written, each token with its probability and the mixing that wrote it."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from xloom.decoding.speculative import Speculative, decode
+from xloom.passes import TwoPassModel
+
+
+class Step(NamedTuple):
+    """One token of the text.
+
+    Args:
+        text: what it adds to the decoded text; empty without a tokenizer, and while a character is not complete.
+        logprob: natural logarithm of the model's own probability of it, before temperature and the like.
+        scalings: [S, N] the experts' weights with which it was written.
+        from_draft: whether it had been drafted.
+    """
+
+    token_id: int
+    text: str
+    logprob: float
+    scalings: Tensor
+    from_draft: bool
+
+
+class Detokenizer:
+    """Decodes token by token; text comes out once its characters are complete."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._start = self._shown = 0  # decoding needs some tokens before the new ones
+
+    def add(self, token: int) -> str:
+        if self._tokenizer is None:
+            return ""
+        self._ids.append(token)
+        before, now = self._decode(self._ids[self._start : self._shown]), self._decode(self._ids[self._start :])
+        if now.endswith("\ufffd") or len(now) <= len(before):
+            return ""
+        self._start, self._shown = self._shown, len(self._ids)
+        return now[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+
+def steps(
+    model: TwoPassModel,
+    input_ids: Tensor,
+    tokenizer: Any = None,
+    *,
+    speculative: Speculative | bool = False,
+    **options: Any,
+) -> Iterator[Step]:
+    """See `XLoraForCausalLM.stream`."""
+    how = (Speculative() if speculative else None) if isinstance(speculative, bool) else speculative
+    prepared: dict[str, Any] = {}
+
+    def prepare(model: Any, input_ids: Tensor, **given: Any) -> Tensor:
+        prepared.update(given, input_ids=input_ids)
+        return input_ids
+
+    generate: Any = model.generate  # it prepares prompts, processors, criteria and the cache as it always does
+    generate(input_ids, custom_generate=prepare, **options)
+    detokenizer = Detokenizer(tokenizer)
+    ids, process = prepared.pop("input_ids"), prepared.pop("logits_processor")
+    stop, settings = prepared.pop("stopping_criteria"), prepared.pop("generation_config")
+    for one in decode(model, ids, process, stop, settings, prepared, how):
+        logprob = float(torch.log_softmax(one.logits_V.float(), dim=-1)[one.token])
+        yield Step(one.token, detokenizer.add(one.token), logprob, one.scalings_SN, one.from_draft)
