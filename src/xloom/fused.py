@@ -29,8 +29,8 @@ def _mixed(
     x: Tensor, s: Tensor, W_OI: Tensor, b_O: Tensor | None, A_RI: Tensor, B_OR: Tensor, spread_NR: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     s_MN, x_MI = s.reshape(-1, s.shape[-1]), x.reshape(-1, x.shape[-1])
-    h_MR = x_MI @ A_RI.T
-    y_MO = F.linear(x_MI, W_OI, b_O).addmm_(h_MR * (s_MN @ spread_NR), B_OR.T)
+    h_MR = F.linear(x_MI, A_RI)
+    y_MO = F.linear(x_MI, W_OI, b_O).addmm_(h_MR * torch.mm(s_MN, spread_NR), B_OR.t())
     return y_MO.view(*x.shape[:-1], -1), h_MR, s_MN
 
 

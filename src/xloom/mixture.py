@@ -133,22 +133,37 @@ class Site(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         scalings = self.mixture.scalings(self, x)
-        if scalings is not None and not args and not kwargs and self._fuses(x, scalings):
-            base: Any = self.base
-            scalings = scalings.to(x.dtype)
-            return frozen_mix(x, scalings, base.weight, base.bias, self.A_RI, self.B_OR, self.spread_NR)
+        if scalings is not None and not args and not kwargs:
+            parts = self._frozen_parts(x, scalings)
+            if parts is not None:
+                return frozen_mix(x, scalings.to(x.dtype), *parts)
         y: Tensor = self.base(x, *args, **kwargs)
         return y if scalings is None else y + self.delta(x, scalings, y).to(y.dtype)
 
-    def _fuses(self, x: Tensor, scalings: Tensor) -> bool:
-        """Whether this is a frozen linear module of one dtype, with nobody listening to its own output."""
-        base: Any = self.base
+    def _frozen_parts(self, x: Tensor, scalings: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor] | None:
+        """W, b, A, B and spread of a frozen linear module of one dtype, with nobody listening to its own output.
+
+        Asked by every site for every token: looked up where they lie, as attributes of modules cost more than products.
+        """
+        base: Any = self._modules["base"]
         if not self._is_plain or type(base) is not nn.Linear or base._forward_hooks or base._forward_pre_hooks:
-            return False
+            return None
         if torch.is_autocast_enabled(x.device.type) or scalings.shape[:-1] != x.shape[:-1]:
-            return False
-        parts = [base.weight, self.A_RI, self.B_OR, *([base.bias] if base.bias is not None else [])]
-        return all(part.dtype == x.dtype and not part.requires_grad for part in parts)
+            return None
+        W, b, A = base._parameters.get("weight"), base._parameters.get("bias"), self._buffers.get("A_RI")
+        B, spread = self._buffers.get("B_OR"), self._buffers.get("spread_NR")
+        if (
+            W is None
+            or A is None
+            or B is None
+            or spread is None
+            or W.requires_grad
+            or not W.dtype == A.dtype == x.dtype
+        ):
+            return None
+        if b is not None and (b.requires_grad or b.dtype != x.dtype):
+            return None
+        return W, b, A, B, spread
 
     def delta(self, x: Tensor, scalings: Tensor, y: Tensor) -> Tensor:
         """What all experts together add to the base's output `y` for input `x`."""
