@@ -13,8 +13,8 @@ import xloom
 SOURCE = Path(xloom.__file__).parent
 ORDER = (
     "errors", "files", "suite", "config", "gating", "experts", "modules", "fused", "mixture", "routers", "cache",
-    "checkpoints", "architecture", "trace", "passes", "decoding", "loading", "model", "classification", "merging", "training",
-    "collapse", "evaluation", "benchmark", "cli", "__main__",
+    "checkpoints", "architecture", "trace", "passes", "decoding", "loading", "model", "classification", "merging",
+    "training", "collapse", "seeing", "evaluation", "benchmark", "cli", "__main__",
 )  # fmt: skip
 SUITE_MAY_IMPORT = {"errors", "files"}
 MAY_IMPORT_SUITE = {"architecture", "benchmark", "training", "cli"}

@@ -11,7 +11,7 @@ from tiny import make_expert, prompt, tiny_base
 from xloom import XLoraForCausalLM, routers
 from xloom.errors import BaseMismatchError, ConfigError, NoMatchingSiteError, UnknownExpertError, UnsupportedLoraError
 from xloom.experts import Expert
-from xloom.merging import merge_experts
+from xloom.merging import merge_experts, on_deltas
 
 METHODS = ["linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd"]
 WEIGHTS = {"a": 0.7, "b": -0.4, "c": 1.1}
@@ -166,8 +166,19 @@ def test_the_base_s_weights_are_not_needed(llama, alike, tmp_path):
     assert merged.config["base_model_name_or_path"] == str(tmp_path / "config-only")
 
 
-def test_the_random_choice_has_a_seed_of_its_own(llama, alike):
+def test_the_form_that_takes_experts_of_any_ranks():
+    assert [on_deltas(method) for method in METHODS] == [
+        "svd", "cat", "svd", "ties_svd", "ties_svd", "dare_linear_svd", "dare_linear_svd", "dare_ties_svd",
+        "dare_ties_svd",
+    ]  # fmt: skip
+
+
+def test_the_random_choice_has_a_seed_of_its_own(llama, alike, monkeypatch):
+    def seeded(seed):
+        pytest.fail("the generators of other devices are nobody's business here")
+
     torch.manual_seed(1)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded)
     state = torch.random.get_rng_state()
     first, again, other = (merge_experts(llama, alike, "dare_linear", seed=s) for s in (3, 3, 4))
     assert torch.equal(torch.random.get_rng_state(), state)

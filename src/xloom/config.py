@@ -5,7 +5,6 @@ Knows nothing of files, weights or modules; the base model is known by its trans
 """
 
 import copy
-import difflib
 import math
 import re
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from xloom.errors import ConfigError, DuplicateExpertError, NoExpertsError, UnsupportedArchitectureError, names
+from xloom.errors import ConfigError, DuplicateExpertError, NoExpertsError, UnsupportedArchitectureError, names, near
 
 CACHEABLE_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 DEFAULT_HALF_LIFE = 32.0
@@ -316,5 +315,4 @@ def own_fields() -> set[str]:
 
 
 def _unknown_field(name: str) -> str:
-    near = difflib.get_close_matches(name, sorted(own_fields()), n=1)
-    return f"unknown field {name!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
+    return f"unknown field {name!r}{near(name, sorted(own_fields()))}"

@@ -4,6 +4,7 @@ A message says what was wrong, where (file, tensor, site, expert), what was expe
 Knows nothing of torch or transformers, so that the command line can import it for free.
 """
 
+import difflib
 from collections.abc import Iterable
 
 
@@ -166,3 +167,28 @@ def names(items: Iterable[object], limit: int = 5) -> str:
     words = [str(item) for item in items]
     shown = ", ".join(words[:limit])
     return shown if len(words) <= limit else f"{shown} and {len(words) - limit} more"
+
+
+def near(word: str, known: Iterable[object], cutoff: float = 0.6) -> str:
+    """` (did you mean 'a'?)` after a word that is none of the known ones, or "" where none is like it.
+
+    Args:
+        cutoff: how much alike, from 0 to 1, as difflib counts.
+    """
+    found = difflib.get_close_matches(word, [str(item) for item in known], n=1, cutoff=cutoff)
+    return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+# traces
+
+
+class TraceError(XLoomError):
+    """A trace cannot be written or read, or what it is made of does not fit together."""
+
+
+class UnfinishedTraceError(TraceError):
+    """The trace's writer never came to its end."""
+
+
+class TraceMismatchError(TraceError):
+    """Two traces are not of the same tokens, sites or experts."""

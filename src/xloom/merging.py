@@ -34,7 +34,10 @@ Method = Literal[
     "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd",
 ]  # fmt: skip
 RECORD = "merge.json"
-_ON_FACTORS = {"linear", "ties", "dare_linear", "dare_ties"}  # experts must have one rank
+# methods on factors, for which experts must have one rank, and their forms on deltas
+_ON_DELTAS: Mapping[Method, Method] = {
+    "linear": "svd", "ties": "ties_svd", "dare_linear": "dare_linear_svd", "dare_ties": "dare_ties_svd",
+}  # fmt: skip
 _MEANS = {"ties", "ties_svd", "dare_ties", "dare_ties_svd"}  # they divide by the number of experts themselves
 
 
@@ -96,6 +99,11 @@ def merge_experts(
     return merged
 
 
+def on_deltas(method: Method) -> Method:
+    """The form of a method that works on deltas and takes experts of any ranks: the method itself, where it is one."""
+    return _ON_DELTAS.get(method, method)
+
+
 def plain_config(modules: Mapping[str, LowRank], model: PreTrainedModel, base: str | None) -> dict[str, Any]:
     """An adapter_config.json for factors of scale 1, which names the adapted modules and no others.
 
@@ -144,7 +152,7 @@ def _merged(
         plain = {module: low.to(dtype=torch.float32) for module, low in expert.modules.items()}
         left = set_peft_model_state_dict(peft, Expert("", {}, plain).tensors(), adapter_name=label).unexpected_keys
         assert not left, left
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds every device: all is on the CPU
     peft.base_model.add_weighted_adapter(
         labels, list(weights), "merged", combination_type=method, density=density, svd_rank=rank,
         svd_full_matrices=False,
@@ -216,9 +224,8 @@ def _check_experts(experts: Mapping[str, Expert], model: PreTrainedModel, method
         for module, low in expert.modules.items():
             check_fit(model.get_submodule(module), module, low, f"expert {label!r} ({expert.source})")
     ranks = {label: sorted({low.rank for low in expert.modules.values()}) for label, expert in experts.items()}
-    if method in _ON_FACTORS and len({rank for found in ranks.values() for rank in found}) > 1:
+    if on_deltas(method) != method and len({rank for found in ranks.values() for rank in found}) > 1:
         found = [f"{label} {'/'.join(map(str, some))}" for label, some in ranks.items()]
-        instead = "svd" if method == "linear" else f"{method}_svd"
         raise UnsupportedLoraError(
-            f"method {method!r} takes experts of one rank, found {names(found)}; {instead!r} takes any"
+            f"method {method!r} takes experts of one rank, found {names(found)}; {on_deltas(method)!r} takes any"
         )

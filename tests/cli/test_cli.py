@@ -90,8 +90,12 @@ def test_generate_with_other_routers(run):
         code, out, _ = run("generate", "model", "abc", "-n", "3", "--router", router, "--raw")
         assert code == 0
         assert all(f"{share:.0%}" in out and name in out for name, share in lead.items())
-    code, out, _ = run("generate", "model", "abc", "-n", "3", "--router", "xlora:without=mech")
-    assert code == 0
+    for router in ("xlora:without=mech", "arrow:top2,temperature=0.5"):
+        code, _, err = run("generate", "model", "abc", "-n", "3", "--router", router)
+        assert code == 0, err
+    code, _, err = run("generate", "model", "abc", "--router", "arrow:top_k=2")
+    assert code == 2
+    assert "router 'arrow:top_k=2': expected arrow[:topK,temperature=X]" in one_line(err)
     code, _, err = run("generate", "model", "abc", "--router", "single:nobody")
     assert code == 2
     assert "'nobody'" in one_line(err) and "chem, mech, prot" in err

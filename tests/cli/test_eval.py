@@ -1,15 +1,19 @@
 """`xloom eval` on a tiny model: tables and files, going on, and mistakes in one line."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tiny import make_experts, tiny_base
 from toy import tiny_tokenizer, toy_rows, write_rows
 from xloom import XLoraForCausalLM
 from xloom.cli import main
+from xloom.cli.evaluate import default_output
+from xloom.evaluation.store import file_name
 
 DOMAINS = {"chem": "up", "mech": "down", "prot": "up"}
 
@@ -106,7 +110,7 @@ def test_tasks_of_the_users_own(run, project, tmp_path):
     assert "2 questions: mine 2" in out
     found = {r["router"]: r for r in json.loads((tmp_path / "r.json").read_text())["rows"] if r["domain"] == "mine"}
     for name, row in found.items():
-        lines = (tmp_path / "answers" / f"{name.replace(':', '-')}.jsonl").read_text().splitlines()
+        lines = (tmp_path / "answers" / file_name(name)).read_text().splitlines()
         said = [json.loads(line)["answer"] for line in lines if "answer" in json.loads(line)]
         assert row["score"] == pytest.approx(sum(any(c in s for c in "aeiou") for s in said) / 2)
         assert row["oracle_normalised"] is None
@@ -158,6 +162,54 @@ def test_mistakes_are_one_line_and_exit_code_2(run, words, says):
     assert len(lines) == 1, err
     assert says in lines[0]
     assert "Traceback" not in out
+
+
+def test_a_system_asked_for_beside_all_must_not_be_left_out(run, project, tmp_path):
+    """`all` leaves out what lacks training rows; by name, or as a model, it is an error."""
+    rows = write_rows(project / "untrained.jsonl", toy_rows("up", 2))
+    words = ["model", "--task", f"mine={rows}", "--router", "all", "-o", str(tmp_path)]
+    code, out, err = run(*words)
+    assert code == 0, err
+    assert "centroid: left out" in out
+    code, _, err = run(*words, "--router", "centroid")
+    assert code == 2
+    assert "centroid: training rows for" in err
+    other = XLoraForCausalLM.from_pretrained(project / "model")
+    other.save_pretrained(project / "odd")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("assistant", "robot")
+    tokenizer.save_pretrained(project / "odd")
+    code, _, err = run(*words, "--model", "odd=odd")
+    assert code == 2
+    assert "odd: " in err
+    assert "its tokenizer or chat template" in err
+
+
+def test_the_base_that_is_given_is_that_of_all_models(run, project, tmp_path):
+    base = tiny_base("llama", max_position_embeddings=512)
+    with torch.no_grad():
+        base.model.embed_tokens.weight.mul_(-1)
+    base.save_pretrained(project / "moved")
+    tiny_tokenizer().save_pretrained(project / "moved")
+    words = ["model", *TASKS, "--router", "xlora", "--router", "twin", "--model", "twin=model", "-o", str(tmp_path)]
+    for more in ((), ("--base", "moved")):
+        code, _, err = run(*words, *more)
+        assert code == 0, err
+    texts = {}
+    for path in (tmp_path / "answers").iterdir():
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        texts[path.name] = {line["key"]: line["answer"] for line in lines if "answer" in line}
+    assert texts["twin.jsonl"] == texts["xlora.jsonl"]
+    assert texts["twin.jsonl.old"] == texts["xlora.jsonl.old"] != texts["xlora.jsonl"]
+
+
+def test_models_of_one_name_keep_their_answers_apart(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    first, second = default_output("a/model"), default_output("b/model")
+    assert first != second
+    assert first == default_output(str(tmp_path / "a" / "model")) == default_output("a/../a/model")
+    assert first.parts[:2] == ("runs", "eval")
+    assert re.fullmatch(r"model-[0-9a-f]{8}", first.name)
 
 
 def test_a_wrong_row_is_named(run, project):

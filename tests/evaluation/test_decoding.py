@@ -138,6 +138,42 @@ def test_an_answer_ends_at_the_end_token(model):
     same(all_answers(model, long), expected)
 
 
+def test_an_answer_without_an_end_token_is_cut(model):
+    model.generation_config.eos_token_id = list(range(5, 64, 12))
+    found = all_answers(model)
+    cut = [answer.cut for answer in found]
+    assert True in cut and False in cut
+    assert all(answer.tokens == p.max_new_tokens for answer, p in zip(found, PROMPTS, strict=True) if answer.cut)
+    longer = all_answers(model, [Prompt(p.ids, p.max_new_tokens + 1) for p in PROMPTS])
+    for short, long in zip(found, longer, strict=True):
+        assert short.cut == (long.tokens > short.tokens), "one more token changes those that are cut, and only those"
+
+
+def test_an_answer_ends_at_a_text(model):
+    """What stands before the text is the same as without; nothing after it is written."""
+    whole = all_answers(model, [Prompt(p.ids, 12) for p in PROMPTS])
+    stops = [answer.text[4] for answer in whole]
+    found = all_answers(model, [Prompt(p.ids, 12, None, stop) for p, stop in zip(PROMPTS, stops, strict=True)])
+    for answer, stop, full in zip(found, stops, whole, strict=True):
+        assert answer.text == full.text.partition(stop)[0].rstrip()
+        assert answer.tokens < 12
+        assert not answer.cut
+        assert full.cut
+    never = all_answers(model, [Prompt(p.ids, 12, None, "no such text") for p in PROMPTS])
+    assert [(a.text, a.cut) for a in never] == [(a.text, a.cut) for a in whole]
+
+
+def test_blanks_before_an_answer_do_not_end_it():
+    class Words:
+        def decode(self, tokens, skip_special_tokens):
+            return "".join(tokens)
+
+    assert not decoding._stopped(Words(), ["\n", "\n"], "\n\n")
+    assert not decoding._stopped(Words(), ["\n", "\n", "a", "\n"], "\n\n")
+    assert decoding._stopped(Words(), ["\n", "\n", "a", "\n", "\n"], "\n\n")
+    assert decoding._until("\n\na\n\nb", "\n\n") == "a"
+
+
 @pytest.mark.parametrize("router", [None, BaseOnly(), Uniform()], ids=["xlora", "base", "uniform"])
 def test_losses_are_those_of_the_rows_alone(model, router):
     rows = [(p.ids + tuple(prompt(1, 1 + i, seed=i)[0].tolist()), len(p.ids)) for i, p in enumerate(PROMPTS)]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xloom.errors import ConfigError, DataError, MissingExtraError, NotFoundError
-from xloom.evaluation.scorers import NAMED, Scorer, find_scorer, read_number
+from xloom.evaluation.scorers import NAMED, Grade, Scorer, by_place, find_scorer, read_number
 
 
 def grade(name, answer, right, **options):
@@ -35,6 +35,7 @@ def grade(name, answer, right, **options):
         ("number", "0.4", "0.3", {"tolerance": 0.1}, 1),
         ("number", "none", "1", {"tolerance": 10}, 0),
         ("number", "qm9 says 4", "4", {}, 1),
+        ("number", "LUMO \u22122.3", "-2.3", {}, 1),
         ("number", "[0.262]", "[0.300]", {"tolerance": 0.05}, 1),
         ("numbers", "[0.2,0.9]", "[0.25,0.5]", {"tolerance": 0.1}, 0.5),
         ("numbers", "1, 2, 3", "1, 2", {}, 2 / 3),
@@ -64,6 +65,37 @@ def test_numbers_are_handed_on_for_mae_and_r2():
 @given(st.floats(-1e6, 1e6), st.sampled_from(["{}", "it is {}", "[{}]", "x={} eV"]))
 def test_a_number_is_read_as_it_was_written(value, words):
     assert read_number(words.format(value)) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("-2.3 eV", -2.3),
+        ("LUMO -2.3", -2.3),
+        ("LUMO: -2.3", -2.3),
+        ("LUMO=-2.3", -2.3),
+        ("(-2.3)", -2.3),
+        ("LUMO-2.3", 2.3),  # a hyphen after a letter or digit joins
+        ("carbon-12", 12),
+        ("3-5", 3),
+        ("LUMO\u22122.3", -2.3),  # a minus sign is no hyphen
+        ("1e-3", 1e-3),
+        ("1e\u22123", 1e-3),
+        ("+.5", 0.5),
+        ("qm9", None),
+        ("1e999", None),
+    ],
+)
+def test_signs(text, value):
+    assert read_number(text) == value
+
+
+def test_places_of_numbers_are_kept_apart():
+    """Force and energy, say: the spread between them is none of either's."""
+    scorer = find_scorer("numbers", {})
+    found = by_place([scorer.grade("1, 20", "1, 10"), scorer.grade("x", "2, 30"), Grade(0.0, ((5.0, 3.0),))])
+    assert found == [[(1.0, 1.0), (None, 2.0), (5.0, 3.0)], [(20.0, 10.0), (None, 30.0)]]
+    assert by_place([]) == by_place([Grade(1.0)]) == []
 
 
 @given(st.text())
@@ -131,6 +163,20 @@ def test_functions_of_the_users_own():
     assert find_scorer("operator:contains").name == "operator:contains"
 
 
+def test_a_function_that_raises_is_named():
+    def fragile(answer, row):
+        return float(row["weight"])
+
+    with pytest.raises(DataError, match="^scorer fragile: raised KeyError: 'weight'$"):
+        find_scorer(fragile).grade("a", "")
+
+    def picky(answer, row):
+        raise NotFoundError("table.json: not there")
+
+    with pytest.raises(NotFoundError, match=r"^table\.json"):
+        find_scorer(picky).grade("a", "")
+
+
 @pytest.mark.parametrize(
     ("word", "says"),
     [
@@ -145,24 +191,114 @@ def test_unknown_scorers(word, says):
         find_scorer(word)
 
 
+CHAIN = "A C D E F G H I"
+ODD = [
+    ("number", {"tolerance": -1}, "1", "the option 'tolerance' as a number of at least 0, found -1"),
+    ("number", {"tolerance": "0.1"}, "1", "the option 'tolerance' as a number of at least 0, found '0.1'"),
+    ("number", {"tolerance": math.inf}, "1", "the option 'tolerance' as a number of at least 0, found inf"),
+    ("number", {"tolerance": 10**400}, "1", "the option 'tolerance' as a number of at least 0, found 1000"),
+    ("number", {}, "high", "a number as the right answer, found 'high'"),
+    ("numbers", {}, "1, high", "a number as the right answer, found ' high'"),
+    ("contains", {}, "a", "the option 'any' as a list of texts, found None"),
+    ("contains", {"any": []}, "a", r"the option 'any' as a list of texts, found \[\]"),
+    ("contains", {"any": [42]}, "a", r"the option 'any' as a list of texts, found \[42\]"),
+    ("contains", {"any": "paris"}, "a", "the option 'any' as a list of texts, found 'paris'"),
+    ("molecule", {"target": 1.0, "table": "x"}, "CC", "the option 'property' as a text, found None"),
+    (
+        "molecule",
+        {"property": "gap", "table": "x", "target": True},
+        "CC",
+        "the option 'target' as a number, found True",
+    ),
+    ("sequence", {}, CHAIN, "the option 'targets' as an object of numbers for force, energy, found None"),
+    ("sequence", {"targets": {"length": 1}}, CHAIN, "the option 'targets' as an object of numbers for force, energy"),
+    ("sequence", {"targets": {"force": "1"}}, CHAIN, "the option 'targets' as numbers, found {'force': '1'}"),
+    ("sequence", {"targets": {"force": 1}}, CHAIN, "the option 'scales' as an object of numbers"),
+    (
+        "sequence",
+        {"targets": {"force": 1}, "scales": {"energy": 1}},
+        CHAIN,
+        "the option 'scales' as numbers above 0 for force",
+    ),
+    (
+        "sequence",
+        {"targets": {"force": 1}, "scales": {"force": 0}},
+        CHAIN,
+        "the option 'scales' as numbers above 0 for force",
+    ),
+    ("reasoning", {"dataset": 1}, "a", "the option 'dataset' as a text, found 1"),
+    ("reasoning", {"dataset": "chain_sum"}, "a", "the option 'entry' as an object, found None"),
+    ("parts", {"parts": "a"}, "a", "the option 'parts' as a list of objects, found 'a'"),
+    ("agreement", {}, " ", "a reference answer, found an empty one"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "right", "says"), ODD)
+def test_options_that_make_no_sense(name, options, right, says):
+    """Whatever the answer is."""
+    for answer in (right, "", "?"):
+        with pytest.raises(DataError, match=f"^scorer {name}: expected {says}"):
+            Scorer(name, options).grade(answer, right)
+
+
 @pytest.mark.parametrize(
-    ("name", "options", "right"),
+    ("part", "says"),
     [
-        ("number", {"tolerance": -1}, "1"),
-        ("number", {"tolerance": "0.1"}, "1"),
-        ("number", {}, "high"),
-        ("contains", {}, "a"),
-        ("contains", {"any": []}, "a"),
-        ("molecule", {"target": 1.0}, "CC"),
-        ("parts", {"parts": [{"answer": "a", "scorer": "nonsense"}]}, "a"),
-        ("agreement", {}, " "),
+        ("a", "expected an object with an answer, found 'a'"),
+        ({}, "expected an object with an answer, found {}"),
+        ({"answer": ["a"]}, "expected an object with an answer"),
+        ({"answer": "a", "scorer": "exactly"}, r"no scorer named 'exactly' \(did you mean 'exact'\?\)"),
+        ({"answer": "a", "scorer": ["exact"]}, r"no scorer named \['exact'\]"),
+        ({"answer": "a", "options": "x"}, "expected its options as an object, found 'x'"),
+        ({"answer": "a", "scorer": "contains"}, "scorer contains: expected the option 'any' as a list of texts"),
+        ({"answer": "a", "options": {"max_new_tokens": 0}}, "scorer exact: expected the option 'max_new_tokens'"),
     ],
 )
-def test_options_that_make_no_sense(name, options, right):
-    if name == "molecule":
-        pytest.importorskip("rdkit")
-    with pytest.raises(DataError):
-        Scorer(name, options).grade(right, right)
+def test_parts_that_make_no_sense(part, says):
+    with pytest.raises(DataError, match=f"^scorer parts: part 2: {says}"):
+        Scorer("parts", {"parts": [{"answer": "b"}, part]}).grade("b; a", "b; a")
+
+
+def test_what_reasoning_gym_cannot_judge():
+    pytest.importorskip("reasoning_gym")
+    with pytest.raises(
+        DataError, match="^scorer reasoning: expected the option 'dataset' as a name that .*, found 'sums'"
+    ):
+        grade("reasoning", "1", "1", dataset="sums", entry={"answer": "1"})
+    with pytest.raises(
+        DataError, match=r"^scorer reasoning: expected the option 'entry' as what chain_sum judges by \(Key"
+    ):
+        grade("reasoning", "1", "1", dataset="chain_sum", entry={"question": "1"})
+
+
+def test_an_answer_that_reasoning_gym_cannot_read_is_wrong(monkeypatch):
+    gym = pytest.importorskip("reasoning_gym")
+    monkeypatch.setattr(
+        gym, "get_score_answer_fn", lambda name: lambda answer, entry: float(answer == str(int(answer)))
+    )
+    assert grade("reasoning", "7", "7", dataset="any", entry={"answer": "7"}) == 1
+    assert grade("reasoning", "seven", "7", dataset="any", entry={"answer": "7"}) == 0
+
+
+@pytest.mark.parametrize("odd", ["x", "5", 0, -1, 2.5, True, None])
+def test_the_length_of_answers_is_checked_at_once(odd):
+    says = f"expected the option 'max_new_tokens' as a whole number above 0, found {odd!r}"
+    with pytest.raises(DataError, match=f"^scorer exact: {says}"):
+        find_scorer("exact", {"max_new_tokens": odd})
+    with pytest.raises(DataError, match=f": {says}"):
+        find_scorer(lambda answer, row: 1.0, {"max_new_tokens": odd})
+    assert find_scorer("exact", {"max_new_tokens": 5}).grade("a", "a").score == 1
+
+
+def test_a_table_of_values_is_checked(tmp_path):
+    pytest.importorskip("rdkit")
+    options = {"property": "gap", "target": 7.0, "table": "table.json"}
+    for wrong, says in (("[]", "expected an object"), ('{"CC": "high"}', "numbers as values of 'gap', found 'high'")):
+        folder = tmp_path / says[:8].strip()
+        folder.mkdir()
+        (folder / "table.json").write_text(wrong)
+        with pytest.raises(DataError, match=rf"table\.json: .*{says}"):
+            find_scorer("molecule", options, folder).grade("CC", "CC")
 
 
 def test_every_named_scorer_gives_the_right_answer_full_marks():

@@ -1,13 +1,14 @@
 """Every system answers as a model set up by hand does, and leaves the bench's model as it was."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from worlds import DOMAINS, encode, tiny_model, write_domains
 
-from tiny import make_expert
+from tiny import make_expert, tiny_base
 from toy import chat, tiny_tokenizer, write_rows
 from xloom import XLoraForCausalLM
 from xloom.collapse import static_expert
@@ -15,8 +16,9 @@ from xloom.errors import ConfigError, DataError, UnknownExpertError
 from xloom.evaluation import evaluate, find_systems, load_tasks
 from xloom.evaluation.bench import Bench, right_experts
 from xloom.evaluation.decoding import Prompt, decode
-from xloom.evaluation.registry import all_names
+from xloom.evaluation.registry import all_names, check_words
 from xloom.evaluation.shots import Constants, best_constant, solved
+from xloom.evaluation.store import question_key
 from xloom.merging import merge_experts
 from xloom.routers import Arrow, BaseOnly, Centroid, Fixed, PerRow, Single, SpectR, Uniform, XLora
 
@@ -60,6 +62,8 @@ def by_hand(model, tasks, router=None):
         ("fixed:chem=0.5,prot=-1", Fixed({"chem": 0.5, "prot": -1.0})),
         ("arrow", Arrow()),
         ("arrow:top2", Arrow(top_k=2)),
+        ("arrow:top2,temperature=0.5", Arrow(top_k=2, temperature=0.5)),
+        ("xlora:without=mech", XLora(without=["mech"])),
         ("spectr", SpectR()),
         ("spectr:top1", SpectR(top_k=1)),
         ("xlora", XLora()),
@@ -188,6 +192,47 @@ def test_another_model(world):
     assert answers_of(world, "twin", models={"twin": folder / "other"}) == answers_of(world, "xlora")
 
 
+def test_another_model_is_put_onto_the_base_that_was_given(world, tmp_path):
+    model, tasks, folder = world
+    model.save_pretrained(folder / "other")
+    (twin,) = find_systems(["twin"], model, models={"twin": folder / "other"})
+    base = tiny_base("llama", max_position_embeddings=1024)
+    with torch.no_grad():
+        base.model.embed_tokens.weight.mul_(-1)
+    base.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    moved = XLoraForCausalLM.from_pretrained(folder / "other", base=tmp_path / "base")
+    systems = [twin, *find_systems(["xlora"], moved)]
+    found = evaluate(moved, tiny_tokenizer(), tasks, systems, base=tmp_path / "base")
+    its, own = ([k.text for c in o.columns.values() for k in c.kept] for o in found.outcomes)
+    assert its == own
+    assert own != [text for some in answers_of(world, "xlora").values() for text in some], "the base matters"
+    benches = [Bench(moved, tiny_tokenizer(), tuple(tasks), base=given) for given in (None, tmp_path / "base")]
+    assert twin.settings(benches[0]) != twin.settings(benches[1]), "answers without it are not taken for its own"
+
+
+def test_a_model_of_other_tokens_is_refused(world, tmp_path):
+    model, tasks, _ = world
+
+    def refused(name, says, kind="llama", tokenizer=None, **changes):
+        base = tiny_base(kind, **{"max_position_embeddings": 1024, **changes})
+        base.save_pretrained(tmp_path / name / "base")
+        (tokenizer or tiny_tokenizer()).save_pretrained(tmp_path / name / "base")
+        expert = make_expert(base, tmp_path / name / "expert", r=2, target_modules=["q_proj"])
+        other = XLoraForCausalLM.from_experts(str(tmp_path / name / "base"), {"a": expert})
+        other.save_pretrained(tmp_path / name / "model")
+        systems = find_systems(["odd"], model, models={"odd": tmp_path / name / "model"})
+        with pytest.raises(ConfigError, match=rf"^odd: .*{name}.*model: {says}"):
+            evaluate(model, tiny_tokenizer(), tasks, systems)
+
+    refused("vocabulary", "its base has vocab_size 65; expected 64", vocab_size=65)
+    refused("window", "its base has max_position_embeddings 512; expected 1024", max_position_embeddings=512)
+    refused("kind", "its base has model_type 'qwen2'; expected 'llama'", kind="qwen2")
+    template = tiny_tokenizer()
+    template.chat_template = template.chat_template.replace("assistant", "robot")
+    refused("template", "its tokenizer or chat template gives other token ids .*test.jsonl:1", tokenizer=template)
+
+
 def test_few_shot_sees_solved_rows_of_the_kind(world):
     model, tasks, _ = world
     bench = Bench(model, tiny_tokenizer(), tuple(tasks), few_shot=2)
@@ -219,6 +264,33 @@ def test_plain_text_shots(world, tmp_path):
     assert set(parts[:-1]) == {"bcd: dcb", "cde: edc", "def: fed"}
 
 
+def test_a_plain_text_answer_ends_where_the_next_shot_would_begin(world, tmp_path):
+    model, _, _ = world
+
+    def bench_of(name, right):
+        (tmp_path / name).mkdir()
+        rows = [{"prompt": f"{word}: ", "completion": right} for word in ("abc", "bcd", "cde", "def")]
+        write_rows(tmp_path / name / "test.jsonl", rows[:2])
+        write_rows(tmp_path / name / "train.jsonl", rows[2:])
+        return Bench(model, tiny_tokenizer(), tuple(load_tasks({name: tmp_path / name})), few_shot=2)
+
+    (few,), (base,) = find_systems(["few-shot"], model), find_systems(["base"], model)
+    bench = bench_of("lines", "xy")
+    questions = list(bench.tasks[0].questions)
+    prompts = few.prompts(bench, few.rows(bench, questions))
+    assert [prompt.stop for prompt in prompts] == ["\n\n", "\n\n"]
+    assert [prompt.stop for prompt in base.prompts(bench, questions)] == [None, None]
+    stopless = [replace(prompt, stop=None) for prompt in prompts]
+    keys = {question_key(q, p) for q, p in zip(questions * 2, [*prompts, *stopless], strict=True)}
+    assert len(keys) == 4, "an answer that went on is not taken for one that stopped"
+    texts = bench_of("texts", "x\n\ny")
+    rows = few.rows(texts, texts.tasks[0].questions)
+    assert [prompt.stop for prompt in few.prompts(texts, rows)] == [None, None], "right answers have blank lines"
+    chats = Bench(model, tiny_tokenizer(), tuple(world[1]))
+    rows = few.rows(chats, world[1][0].questions)
+    assert {prompt.stop for prompt in few.prompts(chats, rows)} == {None}, "an end token stands in the prompt"
+
+
 def test_the_constant_is_the_best_of_the_training_answers(tmp_path):
     def task(name, test, train, **more):
         folder = tmp_path / name
@@ -235,15 +307,17 @@ def test_the_constant_is_the_best_of_the_training_answers(tmp_path):
     constants = Constants([*words.train, *numbers.train], [*words.questions, *numbers.questions])
     assert constants.answer(words.questions[0]) == "yes"
     assert constants.answer(numbers.questions[0]) == "5"
-    assert not constants.borrowed()
+    assert not constants.borrowed(words.questions[0])
     orphan = Constants([], words.questions)
     assert orphan.answer(words.questions[0]) == "no"
-    assert orphan.borrowed()
+    assert orphan.borrowed(words.questions[0])
     parts = [{"answer": "no"}, {"answer": "1"}]
     rows = [{**chat("both", "no; 1"), "domain": "words+numbers", "task": "words+numbers", "scorer": "parts"}]
     rows[0] |= {"options": {"parts": parts}, "parts_domains": ["words", "numbers"]}
     (joined,) = load_tasks({"joined": write_rows(tmp_path / "joined.jsonl", rows)})
     assert constants.answer(joined.questions[0]) == "yes; 5"
+    assert not constants.borrowed(joined.questions[0]), "its parts have training rows"
+    assert Constants(words.train, joined.questions).borrowed(joined.questions[0])
     assert len(solved(words.questions[0], words.train, 2)) == 2
 
 
@@ -262,20 +336,45 @@ def test_all_is_everything_that_the_model_can_show(world, tmp_path):
 @pytest.mark.parametrize(
     ("word", "says"),
     [
-        ("nonsense", "unknown system 'nonsense'"),
-        ("single:", "unknown system"),
-        ("base:x", "unknown system"),
+        ("nonsense", "unknown system 'nonsense'; expected all, constant, "),
+        ("oracles", r"unknown system 'oracles' \(did you mean 'oracle'\?\)"),
+        ("single:", "expected single:NAME"),
+        ("base:x", "router 'base:x': expected base"),
+        ("oracle:x", "router 'oracle:x': expected oracle"),
+        ("constant:", "expected constant"),
         ("fixed:chem=a", "fixed:NAME=WEIGHT"),
-        ("merge:nothing", "merge:"),
-        ("xlora:top9", "xlora:topK"),
+        ("merge", "expected merge: and one of linear"),
+        ("merge:nothing", "expected merge: and one of linear"),
         ("xlora:best", "xlora:topK"),
-        ("arrow:top0", "top-K from 1 to 3"),
-        ("centroid:top4", "top-K from 1 to 3"),
-        ("collapse:all", "unknown system"),
+        ("xlora:top1-normalised", "xlora:topK"),
+        ("arrow:top0", "expected arrow"),
+        ("arrow:top_k=2", "expected arrow"),
+        ("centroid:top1-renormalised", r"expected centroid\[:topK\]"),
+        ("collapse:all", "expected collapse"),
+        ("", "unknown system ''"),
     ],
 )
-def test_unknown_systems(world, word, says):
-    with pytest.raises(ConfigError, match=says):
+def test_unknown_systems_are_found_without_a_model(world, word, says):
+    for find in (lambda: find_systems(["base", word], world[0]), lambda: check_words(["base", word])):
+        with pytest.raises(ConfigError, match=says):
+            find()
+
+
+def test_words_are_known_without_a_model(world, tmp_path):
+    words = [*all_names(world[0]), "all", "fixed:a=1", "single:zoo", "arrow:top9", "twin", "merge:dare_ties_svd"]
+    check_words(words, ["twin"])
+    with pytest.raises(ConfigError, match="unknown system 'twin'"):
+        check_words(words)
+    for name in ("all", "base", "arrow:mine", "seqr"):
+        with pytest.raises(ConfigError, match=f"--model {name}: .*choose another"):
+            check_words(["base"], [name])
+
+
+@pytest.mark.parametrize(
+    ("word", "most"), [("xlora:top9", 3), ("xlora:top4-renormalised", 3), ("arrow:top4", 3), ("centroid:top4", 3)]
+)
+def test_more_than_there_are_cannot_be_kept(world, word, most):
+    with pytest.raises(ConfigError, match=f"router '{word}': expected K of topK from 1 to {most}"):
         find_systems([word], world[0])
 
 

@@ -17,6 +17,46 @@ def test_general_rows_need_nothing_but_the_package(tmp_path: Path):
     assert files.test.stat().st_size
 
 
+def fake_builders(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Builders that write empty files; gives the list of what was built."""
+    built: list[str] = []
+
+    def build(name: str, folder: Path) -> DomainFiles:
+        built.append(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = {part: folder / part for part in ("train", "valid", "test", "card")}
+        for path in paths.values():
+            path.touch()
+        return DomainFiles(name, **paths)
+
+    monkeypatch.setattr(shelf, "build_domain", lambda name, folder, progress: build(name, folder))
+    monkeypatch.setattr(shelf, "build_suite", lambda root, progress: {"materials": build("materials", root / "m")})
+    monkeypatch.setattr(
+        shelf, "build_composite", lambda domains, root: {name: build(name, root / name) for name in shelf.FAMILIES}
+    )
+    monkeypatch.setattr(shelf, "build_unseen", lambda folder, progress: build("unseen", folder))
+    return built
+
+
+def test_a_process_builds_each_set_of_the_cache_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    built = fake_builders(monkeypatch)
+    first = rows_of("joined")
+    assert built == ["materials", "joined", "conversation"]
+    assert rows_of("joined") == first
+    rows_of("conversation")
+    rows_of("materials")
+    assert rows_of("unseen") == rows_of("unseen")
+    assert built == ["materials", "joined", "conversation", "unseen"]
+    first.test.unlink()  # somebody tidied up
+    assert rows_of("joined").test.is_file()
+    assert built[4:] == ["materials", "joined", "conversation"]
+    monkeypatch.setenv("XLOOM_CACHE", str(tmp_path / "another"))
+    assert rows_of("unseen").test.is_relative_to(tmp_path / "another")
+    for _ in range(2):
+        rows_of("unseen", tmp_path / "own")
+    assert built[7:] == ["unseen"] * 3
+
+
 @pytest.mark.parametrize(
     ("word", "said"),
     [

@@ -80,7 +80,37 @@ def test_cross_entropy_with_soft_targets(shape: tuple[int, ...], seed: int) -> N
 
 def test_cross_entropy_of_a_share_of_zero_is_finite_and_teaches() -> None:
     shares = torch.tensor([0.0, 1.0], requires_grad=True)
-    assert cross_entropy(shares, torch.tensor([1.0, 0.0])).isfinite()
+    loss = cross_entropy(shares, torch.tensor([1.0, 0.0]))
+    loss.backward()
+    assert loss.isfinite()
+    assert shares.grad is not None
+    assert shares.grad[0] < -1e3
+    assert shares.grad[1] == 0
+    smaller = torch.tensor([[1e-6, 1e-7], [1e-9, 1e-12]]).unsqueeze(-1)
+    losses = cross_entropy(smaller, torch.ones_like(smaller)).flatten()
+    assert losses.isfinite().all()
+    assert (losses.diff() > 0).all(), "less is worse, however little there is"
+
+
+@given(st.floats(1e-5, 1.0))
+def test_cross_entropy_is_exact_above_the_smallest_share(share: float) -> None:
+    shares = torch.tensor([share], requires_grad=True)
+    loss = cross_entropy(shares, torch.ones(1))
+    loss.backward()
+    assert loss.item() == pytest.approx(-math.log(shares.item()), rel=1e-6, abs=1e-7)
+    assert shares.grad is not None
+    assert shares.grad.item() == pytest.approx(-1 / shares.item(), rel=1e-6)
+
+
+def test_a_head_that_is_sure_and_wrong_turns_round() -> None:
+    logits = torch.tensor([0.0, 18.0], requires_grad=True)  # a share of 1.5e-8
+    target = torch.tensor([1.0, 0.0])
+    optimizer = torch.optim.Adam([logits], lr=0.5)
+    for _ in range(100):
+        optimizer.zero_grad()
+        cross_entropy(torch.softmax(logits, dim=-1), target).backward()
+        optimizer.step()
+    assert torch.softmax(logits, dim=-1)[0] > 0.5
 
 
 def test_posterior_is_bayes() -> None:

@@ -30,7 +30,10 @@ BaseOption = Annotated[
 ]
 RouterOption = Annotated[
     str,
-    typer.Option(help="xlora, base, uniform, single:NAME, fixed:NAME=WEIGHT,..., arrow, spectr, xlora:without=NAME."),
+    typer.Option(
+        help="xlora[:without=NAME,...], base, uniform, single:NAME, fixed:NAME=WEIGHT,..., "
+        "arrow or spectr[:topK,temperature=X]."
+    ),
 ]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to write at most.")]
 TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
@@ -300,6 +303,23 @@ def bench_prefill(
     from xloom.cli.bench import prefill
 
     prefill(base, experts, rank, prompt_tokens, rounds, system, device, dtype, json)
+
+
+@bench.command("drafts")
+def bench_drafts(
+    model: Annotated[list[str] | None, typer.Option(help="name=folder, once each; default: what is shipped.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="name=rows.jsonl, once for each; default: the suite.")] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of each task.")] = 3,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each text.")] = 48,
+    until_end: Annotated[bool, typer.Option("--until-end", help="Stop where the model does.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    device: DeviceOption = "cpu",
+    json: JsonOption = None,
+) -> None:
+    """Drafts, column by column: how many are right, tokens per forward, time per token against the base."""
+    from xloom.cli.bench import drafts
+
+    drafts(model or [], task or [], prompts, new_tokens, until_end, threads, device, json)
 
 
 @bench.command("train")

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
+from xloom.benchmark.bench_drafts import bench_drafts
 from xloom.benchmark.bench_train import SYSTEMS as TRAIN_SYSTEMS
 from xloom.benchmark.bench_train import bench_train
 from xloom.benchmark.run import SYSTEMS, bench_decode, bench_prefill
@@ -95,6 +96,48 @@ def train(
             memory=memory,
             device=device,
             dtype=dtype,
+            progress=say,
+        ),
+        json,
+    )
+
+
+def drafts(
+    models: Sequence[str],
+    tasks: Sequence[str],
+    prompts: int,
+    new_tokens: int,
+    until_end: bool,
+    threads: int | None,
+    device: str,
+    json: Path | None,
+) -> None:
+    """With nothing named: the models that are shipped, on the built-in suite."""
+    import torch
+
+    from xloom.cli.common import load, pairs
+    from xloom.cli.evaluate import builtin_suite
+    from xloom.evaluation import load_tasks
+    from xloom.suite.shipped import model_folders
+    from xloom.training.data import tokenise_all
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    console = Console()
+    folders = pairs("--model", models) or {name: str(place) for name, place in model_folders().items()}
+    loaded = {name: load(folder, None, console, device=device) for name, folder in folders.items()}
+    tokenizer = next(iter(loaded.values()))[1]
+    asked = {}
+    for task in load_tasks(pairs("--task", tasks) or builtin_suite(console), limit=prompts):
+        rows = tokenise_all([question.row for question in task.questions], tokenizer)
+        asked[task.name] = [torch.tensor([ids[:start]], device=device) for ids, start in rows]
+    _run(
+        lambda say: bench_drafts(
+            {name: model for name, (model, _) in loaded.items()},
+            asked,
+            new_tokens=new_tokens,
+            until_end=until_end,
+            settings={"models": sorted(folders), "prompts": prompts, "until_end": until_end},
             progress=say,
         ),
         json,

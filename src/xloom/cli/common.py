@@ -1,16 +1,18 @@
 """What several commands share: loading a model quietly, its tokenizer, and router words."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 
 from xloom.errors import ConfigError, PromptError, XLoomError
 from xloom.model import XLoraForCausalLM
-from xloom.routers import Arrow, BaseOnly, Fixed, Router, Single, SpectR, Uniform, XLora, check_known
+from xloom.routers import Router
+from xloom.routers.words import read_router
 from xloom.suite.base_model import resolve_base
 
 PALETTE = ("dodger_blue1", "orange1", "green3", "magenta", "gold1", "cyan1", "red1", "medium_purple", "chartreuse3")
@@ -25,11 +27,24 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def load(path: str, base: str | None, console: Console) -> tuple[XLoraForCausalLM, Any]:
-    """A model and its tokenizer, from the model's folder or from its base."""
+def load(
+    path: str, base: str | None, console: Console, *, dtype: str | None = None, device: str = "cpu"
+) -> tuple[XLoraForCausalLM, Any]:
+    """A model and its tokenizer, from the model's folder or from its base.
+
+    Raises:
+        ConfigError: the device cannot be used.
+        XLoomError: one of its children says what is wrong with the folder.
+    """
     quiet()
+    options: dict[str, Any] = {} if dtype is None else {"dtype": getattr(torch, dtype)}
     with console.status(escape(f"loading {path}")):
-        model = XLoraForCausalLM.from_pretrained(path, base=base)
+        model = XLoraForCausalLM.from_pretrained(path, base=base, **options)
+        try:
+            model.to(device)
+        except (RuntimeError, AssertionError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ConfigError(f"--device {device}: cannot be used: {reason}") from None
         return model, load_tokenizer(path, model.config.base_model_name_or_path)
 
 
@@ -75,46 +90,32 @@ def encode(tokenizer: Any, prompt: str | Sequence[dict[str, str]], model: XLoraF
     return ids.to(model.device)
 
 
-_BY_FACTORS: dict[str, Callable[..., Router]] = {"arrow": Arrow, "spectr": SpectR}
-_SETTINGS: dict[str, Callable[[str], Any]] = {"temperature": float, "top_k": int}
-
-
 def parse_router(word: str, experts: Sequence[str]) -> Router:
-    """A router from its word: `xlora`, `xlora:without=a`, `base`, `uniform`, `single:a`, `fixed:a=0.5,b=0.5`, and more.
-
-    `arrow` and `spectr` take settings: `arrow:top_k=2,temperature=0.5`.
+    """A router of a model with these experts, from its word (`routers.words`): `single:a`, `arrow:top2`, ...
 
     Raises:
         ConfigError: another word. UnknownExpertError: a name that the model does not have.
     """
-    kind, _, rest = word.partition(":")
-    try:
-        if kind == "xlora" and not rest:
-            return XLora()
-        if kind == "xlora" and rest.startswith("without="):
-            without = rest.removeprefix("without=").split(",")
-            check_known(without, experts)
-            return XLora(without=without)
-        if word == "base":
-            return BaseOnly()
-        if word == "uniform":
-            return Uniform()
-        if kind == "single" and rest:
-            check_known([rest], experts)
-            return Single(rest)
-        if kind in _BY_FACTORS:
-            given = dict(part.partition("=")[::2] for part in rest.split(",")) if rest else {}
-            return _BY_FACTORS[kind](**{key: _SETTINGS[key](value) for key, value in given.items()})
-        if kind == "fixed" and rest:
-            weights = {name: float(weight) for name, _, weight in (part.partition("=") for part in rest.split(","))}
-            check_known(weights, experts)
-            return Fixed(weights)
-    except (KeyError, ValueError):
-        pass
-    raise ConfigError(
-        f"unknown router {word!r}; expected xlora, xlora:without=NAME, base, uniform, single:NAME, "
-        "fixed:NAME=WEIGHT,..., arrow or spectr, the last two also with :top_k=K,temperature=X"
-    )
+    asked = read_router(word)
+    asked.check(experts)
+    return asked.make()
+
+
+def pairs(option: str, words: Sequence[str]) -> dict[str, str]:
+    """`name=value` words.
+
+    Raises:
+        ConfigError: another form, or a name twice.
+    """
+    found: dict[str, str] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name or not value:
+            raise ConfigError(f"{option} {word}: expected name=path")
+        if name in found:
+            raise ConfigError(f"{option} {name}: given more than once")
+        found[name] = value
+    return found
 
 
 def write_result(path: Path | None, value: dict[str, Any]) -> None:

@@ -53,7 +53,7 @@ def run(folder: Path, *, head_steps: int, items: int) -> Evaluation:
     tokenizer = load_tokenizer(str(path))
     systems = find_systems(SYSTEMS, model, models={SHIPPED: model_folder(SHIPPED)})
     with watching(console, systems, sum(len(task.questions) for task in tasks)) as watch:
-        found = evaluate(model, tokenizer, tasks, systems, output=folder / "answers", watch=watch)
+        found = evaluate(model, tokenizer, tasks, systems, output=folder, watch=watch)
     for table in tables(found, min(WIDTH, console.width)):
         console.print(table)
 

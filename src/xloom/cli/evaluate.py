@@ -1,5 +1,6 @@
 """`eval`: tasks x systems, from words to tables and files."""
 
+import hashlib
 import os
 import shlex
 import sys
@@ -7,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -15,15 +15,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from xloom.benchmark.tables import check_target
-from xloom.cli.common import load_tokenizer, quiet, write_result
+from xloom.cli.common import load, pairs, write_result
 from xloom.errors import ConfigError, XLoomError, names
 from xloom.evaluation import Evaluation, System, Task, Watch, evaluate, find_systems, load_tasks
 from xloom.evaluation.plot import check_plot, plot
-from xloom.evaluation.registry import ALL, HEAD
+from xloom.evaluation.registry import ALL, HEAD, check_words
 from xloom.evaluation.report import WIDTH, costs, markdown, tables
 from xloom.evaluation.results import MEAN
 from xloom.evaluation.tasks import describe
-from xloom.model import XLoraForCausalLM
 
 BUILTIN = "builtin"
 SHIPPED = "two-pass"  # the model that the built-in suite is about
@@ -67,20 +66,21 @@ def run(given: Settings) -> Evaluation:
     if given.dtype is not None and given.dtype not in _DTYPES:
         raise ConfigError(f"--dtype {given.dtype}: expected one of {names(_DTYPES)}")
     path, shipped = (given.model, {}) if given.model else _shipped(given)
-    models = shipped | {name: Path(place) for name, place in _pairs("--model", given.models).items()}
+    models = shipped | {name: Path(place) for name, place in pairs("--model", given.models).items()}
     for name, place in models.items():
         if not place.is_dir():
             raise ConfigError(f"--model {name}={place}: expected the folder of an X-LoRA model")
+    check_words([*words, *filter(None, [given.against])], models)
     if given.collapse is not None and not given.collapse.is_dir():
         raise ConfigError(f"--collapse {given.collapse}: expected a PEFT folder")
     console = Console(width=None if sys.stdout.isatty() else max(WIDTH, Console().width))
-    quiet()
     if given.threads is not None:
         torch.set_num_threads(given.threads)
     tasks = _tasks(given, console)
-    model, tokenizer = _load(path, given, console)
+    model, tokenizer = load(path, given.base, console, dtype=given.dtype, device=given.device)
     systems = find_systems(words, model, collapse=given.collapse, models=models)
-    output = given.output or Path("runs/eval") / Path(path).resolve().name
+    named = {*words, *pairs("--model", given.models)}  # these must not be left out
+    output = given.output or default_output(path)
     console.print(f"{describe(tasks)}; {len(systems)} systems; answers are kept in {output}", style="dim", markup=False)
     with watching(console, systems, sum(len(task.questions) for task in tasks)) as watch:
         found = evaluate(
@@ -93,11 +93,18 @@ def run(given: Settings) -> Evaluation:
             batch_tokens=given.batch_tokens,
             loss=given.loss,
             against=given.against or _first_head(systems),
-            patient=ALL in words,
+            optional={system.name for system in systems} - named,
+            base=given.base,
             watch=watch,
         )
     _show(found, given, console)
     return found
+
+
+def default_output(path: str) -> Path:
+    """`runs/eval/<folder>-<8 digits of its whole path>`: two models of one name have answers apart."""
+    place = Path(path).resolve()
+    return Path("runs/eval") / f"{place.name}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"
 
 
 def command() -> str:
@@ -131,7 +138,7 @@ def _tasks(given: Settings, console: Console) -> list[Task]:
         if given.suite != BUILTIN:
             raise ConfigError(f"--suite {given.suite}: expected {BUILTIN}; your own tasks are --task name=file.jsonl")
         sources |= builtin_suite(console)
-    own = _pairs("--task", given.tasks)
+    own = pairs("--task", given.tasks)
     if taken := [name for name in own if name in sources or name == MEAN]:
         raise ConfigError(f"--task {taken[0]}: that name is taken; choose another")
     sources |= own
@@ -157,35 +164,6 @@ def _shipped(given: Settings) -> tuple[str, dict[str, Path]]:
     from xloom.suite.shipped import model_folder, model_folders
 
     return str(model_folder(SHIPPED)), {name: place for name, place in model_folders().items() if name != SHIPPED}
-
-
-def _load(path: str, given: Settings, console: Console) -> tuple[XLoraForCausalLM, Any]:
-    options: dict[str, Any] = {} if given.dtype is None else {"dtype": getattr(torch, given.dtype)}
-    with console.status(escape(f"loading {path}")):
-        model = XLoraForCausalLM.from_pretrained(path, base=given.base, **options)
-        try:
-            model.to(given.device)
-        except (RuntimeError, AssertionError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ConfigError(f"--device {given.device}: cannot be used: {reason}") from None
-        return model, load_tokenizer(path, model.config.base_model_name_or_path)
-
-
-def _pairs(option: str, words: Sequence[str]) -> dict[str, str]:
-    """`name=value` words.
-
-    Raises:
-        ConfigError: another form, or a name twice.
-    """
-    found: dict[str, str] = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not equals or not name or not value:
-            raise ConfigError(f"{option} {word}: expected name=path")
-        if name in found:
-            raise ConfigError(f"{option} {name}: given more than once")
-        found[name] = value
-    return found
 
 
 def _first_head(systems: Sequence[System]) -> str | None:

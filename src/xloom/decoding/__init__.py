@@ -4,7 +4,7 @@ Below `model.py`: knows the two passes and their cache, not how models are loade
 """
 
 from xloom.decoding.loop import Tally
-from xloom.decoding.speculative import Speculative, speculative
+from xloom.decoding.speculation import Speculative, speculative
 from xloom.decoding.stream import Step, steps
 
 __all__ = ["Speculative", "Step", "Tally", "speculative", "steps"]

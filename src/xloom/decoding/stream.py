@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xloom.decoding.speculative import Speculative, decode
+from xloom.decoding.speculation import Speculative, decode
 from xloom.passes import TwoPassModel
 
 

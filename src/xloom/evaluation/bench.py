@@ -3,15 +3,22 @@
 Knows nothing of the ways to answer, or of grades.
 """
 
-from collections.abc import Mapping, Sequence
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from xloom.errors import DataError, PromptError, names
+import torch
+
+from xloom.config import XLoraConfig
+from xloom.errors import ConfigError, DataError, NotFoundError, PromptError, XLoomError, names
 from xloom.evaluation.decoding import BATCH_TOKENS, Prompt
 from xloom.evaluation.tasks import Question, Task
 from xloom.model import XLoraForCausalLM
+from xloom.training.base import load_tokenizer
 from xloom.training.data import tokenise_all
 
 SLACK = 2  # tokens that an answer may have more than the longest right one of its kind
@@ -31,6 +38,7 @@ class Bench:
         tasks: the columns that are asked, with their training rows.
         few_shot: solved rows before a question, for the system that has some.
         batch_tokens: bound on rows times tokens of one forward.
+        base: that the model was put onto in place of the one it names, if any; further models are put onto it too.
     """
 
     model: XLoraForCausalLM
@@ -38,6 +46,17 @@ class Bench:
     tasks: tuple[Task, ...]
     few_shot: int = 3
     batch_tokens: int = BATCH_TOKENS
+    base: str | Path | None = None
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """What speed and memory depend on, beside the model and the questions; as JSON values."""
+        return {
+            "device": _device_name(self.model.device),
+            "threads": torch.get_num_threads(),
+            "batch_tokens": self.batch_tokens,
+            "dtype": str(self.model.base.dtype).removeprefix("torch."),
+        }
 
     def encode(self, questions: Sequence[Question]) -> list[Ids]:
         """Raises DataError or PromptError, with the row's place."""
@@ -45,10 +64,14 @@ class Bench:
 
     @cached_property
     def budgets(self) -> Mapping[tuple[str, str], int]:
-        """New tokens at most, by column and kind of question: those of the longest right answer, and `SLACK`."""
+        """New tokens at most, by column and kind of question: those of the longest right answer, and `SLACK`.
+
+        Of all rows of the column's files, asked or not.
+        """
         kinds: dict[tuple[str, str], list[Question]] = {}
-        for question in (question for task in self.tasks for question in (*task.questions, *task.train)):
-            kinds.setdefault((question.column, question.task), []).append(question)
+        for task in self.tasks:
+            for question in (*task.questions, *task.beyond, *task.train):
+                kinds.setdefault((question.column, question.task), []).append(question)
         found = {}
         for kind, known in kinds.items():
             known.sort(key=lambda question: len(question.right), reverse=True)
@@ -93,6 +116,58 @@ class Bench:
         return {name: [ids[:start] for ids, start in self.encode(some[:SAMPLES])] for name, some in found.items()}
 
 
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
 def right_experts(question: Question, experts: Sequence[str]) -> tuple[str, ...]:
     """The experts that a question needs; none, where the model lacks one of them."""
     return question.experts if set(question.experts) <= set(experts) else ()
+
+
+def check_alike(bench: Bench, folder: Path, model: XLoraForCausalLM) -> None:
+    """Refuses another model that would not understand the bench's prompts.
+
+    Raises:
+        ConfigError: its base or its tokenizer is of another kind, or its window of another length.
+    """
+    mine, its = bench.model.config.base_text_config, model.config.base_text_config
+    for field in ("model_type", "vocab_size", "max_position_embeddings"):
+        expected, found = getattr(mine, field, None), getattr(its, field, None)
+        if expected != found:
+            raise ConfigError(f"{folder}: its base has {field} {found!r}; expected {expected!r}, as the other systems'")
+    own = str(folder) if any(folder.glob("tokenizer*")) else model.config.base_model_name_or_path
+    try:
+        tokenizer = load_tokenizer(own) if own else bench.tokenizer
+    except NotFoundError:  # it brings none that could differ
+        return
+    rows = [task.questions[0].row for task in bench.tasks]
+    try:
+        same = list(tokenise_all(rows, tokenizer)) == list(tokenise_all(rows, bench.tokenizer))
+    except XLoomError:  # rows that the bench's tokenizer has read before
+        same = False
+    if not same:
+        raise ConfigError(
+            f"{folder}: its tokenizer or chat template gives other token ids than the other systems' for "
+            f"{rows[0].where}; expected the same"
+        )
+
+
+@contextmanager
+def changed(config: XLoraConfig, fields: Mapping[str, Any]) -> Iterator[None]:
+    """Other values of some fields, for a while."""
+    before = {name: getattr(config, name) for name in fields}
+    try:
+        for name, value in fields.items():
+            setattr(config, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)

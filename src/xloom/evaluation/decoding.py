@@ -31,22 +31,25 @@ RouterOf = Callable[[Sequence[int]], Router]
 class Prompt:
     """Token ids to go on from, and how many new tokens at most.
 
-    Prompts of different `group` never share a batch or a prefix: their routers may differ.
+    Prompts of different `group` never share a batch or a prefix: their routers may differ. An answer is over at the
+    text `stop`, which is no part of it; blanks before the answer aside.
     """
 
     ids: tuple[int, ...]
     max_new_tokens: int
     group: Hashable = None
+    stop: str | None = None
 
 
 @dataclass(frozen=True)
 class Answer:
     """What was written. `weights` is every expert's mean scaling over the written tokens (the end token among them,
-    where there is one) and all sites."""
+    where there is one) and all sites. `cut` says that the answer did not end by itself: there were no more tokens."""
 
     text: str
     tokens: int
     weights: tuple[float, ...] = ()
+    cut: bool = False
 
 
 @torch.no_grad()
@@ -196,6 +199,7 @@ def _answer(
 ) -> list[Answer]:
     """One batch. Rows leave it as they end, so that a single long answer does not hold up the others."""
     written: list[list[int]] = [[] for _ in prompts]
+    ended = [False] * len(prompts)
     weights = torch.zeros(len(prompts), len(model.experts))
     alive = list(range(len(prompts)))
     read: _Read | None = None
@@ -210,19 +214,25 @@ def _answer(
         weights[alive] += read.scalings_BTSN[:, -1].float().mean(dim=1).cpu()
         for row, token in zip(alive, read.logits_BTV[:, -1].argmax(dim=-1).tolist(), strict=True):
             written[row].append(token)
-        on = [
-            at
-            for at, row in enumerate(alive)
-            if written[row][-1] not in ends and len(written[row]) < prompts[row].max_new_tokens
-        ]
+            ended[row] = token in ends or _stopped(tokenizer, written[row], prompts[row].stop)
+        on = [at for at, row in enumerate(alive) if not ended[row] and len(written[row]) < prompts[row].max_new_tokens]
         if on and len(on) < len(alive):
             read.keep(on)
         alive = [alive[at] for at in on]
     texts = tokenizer.batch_decode(written, skip_special_tokens=True)
     return [
-        Answer(text.strip(), len(tokens), tuple((total / len(tokens)).tolist()))
-        for text, tokens, total in zip(texts, written, weights, strict=True)
+        Answer(_until(text, prompt.stop), len(tokens), tuple((total / len(tokens)).tolist()), not end)
+        for text, prompt, tokens, total, end in zip(texts, prompts, written, weights, ended, strict=True)
     ]
+
+
+def _stopped(tokenizer: Any, tokens: list[int], stop: str | None) -> bool:
+    return stop is not None and stop in tokenizer.decode(tokens, skip_special_tokens=True).lstrip()
+
+
+def _until(text: str, stop: str | None) -> str:
+    text = text.strip()
+    return text if stop is None else text.partition(stop)[0].rstrip()
 
 
 def _by_group(groups: Sequence[Hashable]) -> list[list[int]]:

@@ -10,8 +10,10 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from xloom.evaluation.registry import HEAD, ORACLE
+from xloom.evaluation.bench import FREE_TOKENS, SLACK
+from xloom.evaluation.registry import HEAD
 from xloom.evaluation.results import MEAN, Evaluation, Outcome
+from xloom.evaluation.shots import CANDIDATES
 from xloom.evaluation.statistics import RESAMPLES, Interval
 
 WIDTH = 100  # columns of a terminal that tables fit into
@@ -36,10 +38,10 @@ def tables(found: Evaluation, width: int = WIDTH) -> list[Table]:
 
 
 def costs(found: Evaluation) -> Table:
-    """What each system cost: speed and memory."""
+    """What each system cost: speed and memory; and how many of its answers had no more tokens."""
     table = Table(title="speed and memory", title_justify="left", box=None, padding=(0, 2, 0, 0))
     table.add_column("")
-    for heading in ("rows/s", "tokens/s", "peak MB", "right expert leads, %"):
+    for heading in ("rows/s", "tokens/s", "peak MB", "cut short, %", "right expert leads, %"):
         table.add_column(heading, justify="right")
     leads = {row["router"]: row["score"] for row in found.rows() if _is(row, MEAN, "routing_accuracy")}
     for outcome in found.outcomes:
@@ -48,6 +50,7 @@ def costs(found: Evaluation) -> Table:
             _plain(outcome.rows_per_second, 1),
             _plain(outcome.tokens_per_second, 1),
             _plain(outcome.peak_mb, 0),
+            _percent(outcome.cut),
             _percent(leads.get(outcome.system)),
         )
     return table
@@ -110,16 +113,15 @@ def _table(found: Evaluation, headings: Sequence[str], label: int, *, first: boo
         for heading in headings:
             value = _value(found, heading, outcome.system)
             text = "-" if value is None else f"{100 * value.value:.1f} ±{100 * value.half:.0f}"
-            leads = value is not None and value.value == best[heading] and outcome.system != ORACLE
-            cells.append(Text(text, style="bold" if leads else ""))
+            cells.append(Text(text, style="bold" if outcome.system in best[heading] else ""))
         table.add_row(Text(outcome.system, style="bold" if outcome.system == HEAD else ""), *cells)
     return table
 
 
-def _best(found: Evaluation, heading: str) -> float | None:
-    """The highest value of a column, the Oracle aside: it knows the answer to the question that the others guess."""
-    values = [_value(found, heading, o.system) for o in found.outcomes if o.system != ORACLE]
-    return max((value.value for value in values if value is not None), default=None)
+def _best(found: Evaluation, heading: str) -> set[str]:
+    values = {outcome.system: _value(found, heading, outcome.system) for outcome in found.outcomes}
+    columns = {MEAN: found.means, "of oracle": found.domains}.get(heading, (heading,))
+    return found.best(values, columns)
 
 
 # --- Markdown ---
@@ -132,12 +134,11 @@ def _score_lines(found: Evaluation) -> Iterator[str]:
     def cells(outcome: Outcome) -> Iterator[str]:
         yield outcome.system
         for heading in headings:
-            value = _value(found, heading, outcome.system)
-            text = _interval(value)
-            leads = value is not None and value.value == best[heading] and outcome.system != ORACLE
-            yield f"**{text}**" if leads else text
+            text = _interval(_value(found, heading, outcome.system))
+            yield f"**{text}**" if outcome.system in best[heading] else text
 
-    yield "Per cent, with 95 % bootstrap intervals; the best of a column, the Oracle aside, in bold."
+    aside = "the Oracle and what was chosen on the questions themselves aside"
+    yield f"Per cent, with 95 % bootstrap intervals; the best of a column, {aside}, in bold."
     yield ""
     yield from _grid(["system", *headings], (list(cells(o)) for o in found.outcomes))
 
@@ -225,7 +226,7 @@ def _routing_lines(found: Evaluation) -> list[str]:
         "## Routing",
         "",
         "Share of questions, in per cent, for which the right expert is the one with the largest mean scaling over the "
-        "answer's tokens and all sites.",
+        "answer's tokens and all sites. `all` pools the questions of all columns.",
         "",
         *_grid(["system", "all", *headings], body),
     ]
@@ -234,14 +235,21 @@ def _routing_lines(found: Evaluation) -> list[str]:
 def _cost_lines(found: Evaluation) -> Iterator[str]:
     yield (
         "Batched; reading the prompts included, loading and fitting not. Memory is the most that the process held "
-        "while a system answered, with libraries and all loaded models in it (on CUDA: tensors on the device)."
+        "while a system answered, with libraries and all loaded models in it (on CUDA: tensors on the device). Answers "
+        "that are cut short did not end by themselves: they had no more tokens."
     )
     yield ""
-    header = ["system", "questions per second", "new tokens per second", "peak MB"]
+    header = ["system", "questions per second", "new tokens per second", "peak MB", "cut short, %"]
     yield from _grid(
         header,
         (
-            [o.system, _plain(o.rows_per_second, 1), _plain(o.tokens_per_second, 1), _plain(o.peak_mb, 0)]
+            [
+                o.system,
+                _plain(o.rows_per_second, 1),
+                _plain(o.tokens_per_second, 1),
+                _plain(o.peak_mb, 0),
+                _percent(o.cut),
+            ]
             for o in found.outcomes
         ),
     )
@@ -253,7 +261,11 @@ def _asked(found: Evaluation) -> Iterator[str]:
 
 
 def _method(found: Evaluation) -> Iterator[str]:
-    yield "- Greedy answers in batches, of at most two tokens more than the longest right answer of the same kind."
+    yield (
+        f"- Greedy answers in batches. An answer may have {SLACK} tokens more than the longest right one of the same "
+        f"kind (with the scorer `contains` at least {FREE_TOKENS}), or as many as its row says (`max_new_tokens`). In "
+        "plain text `few-shot` ends where the next solved question would begin."
+    )
     yield (
         "- A score is what the row's scorer gives, 0 to 1, as a mean over the column's questions; the mean is one over "
         f"{', '.join(found.means)}, each counting alike."
@@ -264,8 +276,8 @@ def _method(found: Evaluation) -> Iterator[str]:
     )
     yield "- `oracle` is told the domain of each question; where a question needs several experts it weighs them alike."
     yield (
-        "- `constant` is the answer that does best on training rows of the same kind; where there are none, on the "
-        "questions themselves, which no constant answer can beat."
+        f"- `constant` is, of the {CANDIDATES} commonest answers, the one that does best on training rows of the same "
+        "kind; where there are none, on the questions themselves. The notes name such columns; it is not bold there."
     )
 
 
@@ -281,11 +293,11 @@ def _points(row: dict[str, Any]) -> str:
 
 
 def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}"
+    return "-" if value is None else f"{100 * value:.1f}"
 
 
 def _plain(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _is(row: dict[str, Any], domain: str, metric: str) -> bool:

@@ -3,7 +3,7 @@
 Knows nothing of models or of how tables are printed.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 
 from xloom.evaluation.bench import right_experts
 from xloom.evaluation.registry import ORACLE
-from xloom.evaluation.scorers import Grade
+from xloom.evaluation.scorers import Grade, by_place
 from xloom.evaluation.statistics import Comparison, Interval, errors, mean_interval
 from xloom.evaluation.store import Kept
 from xloom.evaluation.tasks import Question, Task
@@ -36,13 +36,20 @@ class Column:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One system: its answers by column, and the most memory in 10^6 bytes that was held meanwhile."""
+    """One system: its answers by column, and the most memory in 10^6 bytes that was held meanwhile.
+
+    Speed and memory are those of this setting (device, threads, batches, dtype); None where nothing was written in it.
+
+    Args:
+        borrowed: columns whose answers were chosen by the right ones; no fair rival to the others there.
+    """
 
     system: str
     about: str
     columns: Mapping[str, Column]
     peak_mb: float | None
     routes: bool
+    borrowed: tuple[str, ...] = ()
 
     @property
     def _kept(self) -> list[Kept]:
@@ -50,18 +57,24 @@ class Outcome:
 
     @property
     def rows_per_second(self) -> float | None:
-        seconds = sum(kept.seconds for kept in self._kept)
-        return len(self._kept) / seconds if seconds and self.tokens else None
+        return self._per_second(lambda kept: 1)
 
     @property
     def tokens_per_second(self) -> float | None:
         """Written tokens, the reading of the prompts included in the time."""
-        seconds = sum(kept.seconds for kept in self._kept)
-        return self.tokens / seconds if seconds and self.tokens else None
+        return self._per_second(lambda kept: kept.tokens)
 
     @property
-    def tokens(self) -> int:
-        return sum(kept.tokens for kept in self._kept)
+    def cut(self) -> float | None:
+        """Share of the written answers that ended for want of tokens, not by themselves; of those that tell."""
+        known = [kept.cut for kept in self._kept if kept.tokens and kept.cut is not None]
+        return sum(known) / len(known) if known else None
+
+    def _per_second(self, count: Callable[[Kept], int]) -> float | None:
+        """Of the answers that a model wrote, in this setting."""
+        timed = [(count(kept), kept.seconds) for kept in self._kept if kept.tokens and kept.seconds is not None]
+        seconds = sum(seconds for _, seconds in timed)
+        return sum(number for number, _ in timed) / seconds if seconds else None
 
 
 @dataclass(frozen=True)
@@ -119,6 +132,15 @@ class Evaluation:
         columns = self.means if column is None else (column,)
         return self.comparison.mean(columns, system) if self.comparison.has(columns, system) else None
 
+    def best(self, values: Mapping[str, Interval | None], columns: Sequence[str]) -> set[str]:
+        """The systems with the highest value, which is taken over these columns: of those that guess.
+
+        The Oracle is told which expert is right, and a system may have borrowed from the right answers of a column.
+        """
+        fair = {o.system for o in self.outcomes if o.system != ORACLE and not set(o.borrowed) & set(columns)}
+        known = {name: value.value for name, value in values.items() if value is not None and name in fair}
+        return {name for name, value in known.items() if value == max(known.values())}
+
     # --- flat rows ---
 
     def rows(self) -> list[dict[str, Any]]:
@@ -154,17 +176,21 @@ class Evaluation:
             yield _row(name, task.name, None, "routing_accuracy", _mean(np.array(hits), task.name), len(hits))
 
     def _error_rows(self, outcome: Outcome, task: Task) -> Iterator[dict[str, Any]]:
-        """MAE and R2 of the kinds of questions that ask for numbers; not of joined ones, whose units differ."""
-        pairs: dict[str, list[tuple[float | None, float]]] = {}
+        """MAE and R2 of the kinds of questions that ask for numbers; not of joined ones, whose units differ.
+
+        Of several numbers in an answer, each place has its own, and their mean is given.
+        """
+        grades: dict[str, list[Grade]] = {}
         for question, grade in zip(task.questions, outcome.columns[task.name].grades, strict=True):
             if question.scorer.name in {"number", "numbers"}:
-                pairs.setdefault(question.task, []).extend(grade.numbers)
-        for part, some in pairs.items():
-            found = errors(some)
-            for metric, value in (("mae", found.mae), ("r2", found.r2)):
-                point = Interval(value, value, value)
-                row = _row(outcome.system, task.name, part, metric, point, found.numbers)
-                yield {**row, "low": None, "high": None, "unreadable": found.unreadable}
+                grades.setdefault(question.task, []).append(grade)
+        for part, some in grades.items():
+            places = [errors(pairs) for pairs in by_place(some)]
+            numbers, unreadable = (sum(found) for found in zip(*((p.numbers, p.unreadable) for p in places)))
+            for metric in ("mae", "r2"):
+                value = float(np.mean([getattr(place, metric) for place in places]))
+                row = _row(outcome.system, task.name, part, metric, Interval(value, value, value), numbers)
+                yield {**row, "low": None, "high": None, "unreadable": unreadable}
 
     def _mean_rows(self, outcome: Outcome) -> Iterator[dict[str, Any]]:
         name = outcome.system
@@ -197,6 +223,8 @@ class Evaluation:
                     "rows_per_second": _rounded(outcome.rows_per_second),
                     "tokens_per_second": _rounded(outcome.tokens_per_second),
                     "peak_mb": _rounded(outcome.peak_mb),
+                    "cut": _rounded(outcome.cut),
+                    "borrowed": list(outcome.borrowed),
                 }
                 for outcome in self.outcomes
             ],

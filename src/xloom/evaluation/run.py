@@ -4,20 +4,21 @@ Takes a model, tasks and systems; gives an `Evaluation` (`results.py`). Knows no
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from xloom.errors import ConfigError, DataError, XLoomError, names
-from xloom.evaluation.bench import Bench
+from xloom.evaluation.bench import Bench, changed
 from xloom.evaluation.decoding import BATCH_TOKENS, Answer, Prompt
 from xloom.evaluation.memory import PeakMemory
 from xloom.evaluation.results import Column, Evaluation, Outcome
 from xloom.evaluation.scorers import Grade
+from xloom.evaluation.shots import CANDIDATES
 from xloom.evaluation.store import AnswerFile, Kept, file_name, folder_digest, model_digest, question_key
-from xloom.evaluation.systems import System, changed
+from xloom.evaluation.systems import System
 from xloom.evaluation.tasks import Question, Task
 from xloom.model import XLoraForCausalLM
 
@@ -62,7 +63,8 @@ def evaluate(
     batch_tokens: int = BATCH_TOKENS,
     loss: bool = False,
     against: str | None = None,
-    patient: bool = False,
+    optional: Collection[str] = (),
+    base: str | Path | None = None,
     watch: Watch | None = None,
 ) -> Evaluation:
     """Greedy answers of all systems to all questions, graded.
@@ -74,7 +76,8 @@ def evaluate(
         batch_tokens: bound on rows times tokens of one forward.
         loss: take the mean loss of the right answers as well.
         against: a system that the others are compared with, in pairs.
-        patient: a system that cannot be made is left out, with a note, instead of ending the evaluation.
+        optional: systems that are left out, with a note, where they cannot be made, instead of ending the evaluation.
+        base: that the model was put onto in place of the one it names; further models are put onto it too.
 
     Raises:
         ConfigError: nothing to compare, or `against` is none of the systems.
@@ -87,7 +90,7 @@ def evaluate(
         raise ConfigError(f"against={against!r}: expected one of the systems that are compared, found {found}")
     if repeated := sorted({task.name for task in tasks if [t.name for t in tasks].count(task.name) > 1}):
         raise ConfigError(f"task names must differ, found more than once: {names(repeated)}")
-    bench = Bench(model.eval(), tokenizer, tuple(tasks), few_shot, batch_tokens)
+    bench = Bench(model.eval(), tokenizer, tuple(tasks), few_shot, batch_tokens, base)
     digests = {head: model_digest(model, head=head) for head in {system.reads_head for system in systems}}
     grade, notes, outcomes = _Grader(), list[str](), list[Outcome]()
     for system in systems:
@@ -96,7 +99,7 @@ def evaluate(
                 _one(system, bench, digests[system.reads_head], output, loss, grade, notes, watch or Watch())
             )
         except _NotReadyError as error:
-            if not patient:
+            if system.name not in optional:
                 raise type(error.reason)(f"{system.name}: {error.reason}") from None
             notes.append(f"{system.name}: left out: {error.reason}")
     if not outcomes:
@@ -124,11 +127,11 @@ def _one(
     path = output / "answers" / file_name(system.name) if output is not None and system.kept else None
     with _preparing():
         identity = _identity(system, bench, digest)
-    file = AnswerFile(path, identity)
+    file = AnswerFile(path, identity, bench.setting)
     if file.replaced:
         notes.append(f"{system.name}: answered anew, as it differs from what was kept in: {names(file.replaced)}")
     with _preparing():
-        asked = _Asked(questions, system.rows(bench, questions), bench)
+        asked = _Asked(questions, system, bench)
     _fill(system, bench, asked, file, loss, watch)
     columns, at = {}, 0
     for task in tasks:
@@ -140,15 +143,19 @@ def _one(
             grades=tuple(grade(q, k.text) for q, k in zip(task.questions, kept, strict=True)),
             losses=tuple(v for i in span if (v := file.losses.get(asked.loss_keys[i])) is not None) if loss else (),
         )
-    return Outcome(system.name, system.about, columns, file.peak_mb, system.routes)
+    borrowed = tuple(task.name for task in tasks if system.borrows(bench, task))
+    if borrowed:
+        how = f"the best of the {CANDIDATES} commonest answers to them"
+        notes.append(f"{system.name}: chosen on the test questions of {names(borrowed, 20)}: {how}")
+    return Outcome(system.name, system.about, columns, file.peak_mb, system.routes, borrowed)
 
 
 class _Asked:
     """The questions of one system, as it sees them, with the names under which answers are kept."""
 
-    def __init__(self, questions: Sequence[Question], rows: Sequence[Question], bench: Bench) -> None:
-        self.rows = rows
-        self.prompts: list[Prompt] = bench.prompts(rows)
+    def __init__(self, questions: Sequence[Question], system: System, bench: Bench) -> None:
+        self.rows: list[Question] = system.rows(bench, questions)
+        self.prompts: list[Prompt] = system.prompts(bench, self.rows)
         self.keys = [question_key(question, prompt) for question, prompt in zip(questions, self.prompts, strict=True)]
         self.loss_keys = [f"{key} {question.right}" for key, question in zip(self.keys, questions, strict=True)]
 
@@ -169,7 +176,9 @@ def _fill(system: System, bench: Bench, asked: _Asked, file: AnswerFile, loss: b
         for batch in ready.answers([asked.rows[i] for i in missing], [asked.prompts[i] for i in missing]):
             each, started = (time.perf_counter() - started) / len(batch), time.perf_counter()
             kept = {
-                asked.keys[missing[at]]: Kept(answer.text, answer.tokens, _named(ready.experts, answer), each)
+                asked.keys[missing[at]]: Kept(
+                    answer.text, answer.tokens, _named(ready.experts, answer), each, answer.cut
+                )
                 for at, answer in batch.items()
             }
             file.add(kept)

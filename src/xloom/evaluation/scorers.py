@@ -9,23 +9,24 @@
 Knows nothing of models, files of rows, or tables.
 """
 
-import difflib
 import importlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-from xloom.errors import ConfigError, DataError, MissingExtraError, NotFoundError, names
+from xloom.errors import ConfigError, DataError, MissingExtraError, NotFoundError, XLoomError, names, near
 
 Options = Mapping[str, Any]
 Custom = Callable[[str, dict[str, Any]], float]
 
-_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?")
+_MINUS = "\N{MINUS SIGN}"
+_NUMBER = re.compile(rf"(?:{_MINUS}|(?<![\w.])[-+]?)(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+{_MINUS}]?\d+)?")
 _SLACK = 1e-9  # of a tolerance: 0.4 - 0.3 is more than 0.1
 
 
@@ -33,7 +34,8 @@ _SLACK = 1e-9  # of a tolerance: 0.4 - 0.3 is more than 0.1
 class Grade:
     """How good an answer is, 0 to 1.
 
-    `numbers` holds (predicted, true) of every number that was asked for; predicted is None where none could be read.
+    `numbers` holds (predicted, true) of every number that was asked for, place by place; predicted is None where none
+    could be read.
     """
 
     score: float
@@ -46,9 +48,12 @@ class Scorer:
 
     Args:
         name: one of `NAMED`, or "module:function".
-        options: the scorer's settings.
+        options: the scorer's settings. `max_new_tokens`, how long an answer may be, goes with every scorer.
         custom: a function of the user's, (answer, row) -> float in [0, 1]; it sees the row as it stands in its file.
         folder: where the files that options name lie.
+
+    Raises:
+        DataError: `max_new_tokens` is no whole number above 0.
     """
 
     name: str = "exact"
@@ -56,16 +61,27 @@ class Scorer:
     custom: Custom | None = None
     folder: Path = Path()
 
+    def __post_init__(self) -> None:
+        tokens = self.options.get("max_new_tokens", 1)
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+            raise _misfit(self.name, "max_new_tokens", "a whole number above 0", tokens)
+
     def grade(self, answer: str, right: str, row: Mapping[str, Any] | None = None) -> Grade:
         """The grade of one answer.
 
         Raises:
-            DataError: the right answer or the options do not fit the scorer, or a custom one gives no number in [0, 1].
+            DataError: the right answer or the options do not fit the scorer, or a custom one raises, or gives no number
+                in [0, 1].
             MissingExtraError: the scorer needs a package that is not installed.
         """
         if self.custom is None:
             return NAMED[self.name](answer, right, self.options, self.folder)
-        score = self.custom(answer, dict(row or {}))
+        try:
+            score = self.custom(answer, dict(row or {}))
+        except XLoomError:
+            raise
+        except Exception as error:
+            raise DataError(f"scorer {self.name}: raised {type(error).__name__}: {error}") from error
         if not isinstance(score, (int, float)) or not 0 <= score <= 1:
             raise DataError(f"scorer {self.name}: expected a number from 0 to 1, found {score!r}")
         return Grade(float(score))
@@ -76,6 +92,7 @@ def find_scorer(word: str | Custom, options: Options | None = None, folder: Path
 
     Raises:
         ConfigError: no such scorer, module or function.
+        DataError: as `Scorer`.
     """
     if not isinstance(word, str):
         return Scorer(getattr(word, "__name__", "custom"), options or {}, word, folder)
@@ -83,10 +100,8 @@ def find_scorer(word: str | Custom, options: Options | None = None, folder: Path
         return Scorer(word, options or {}, None, folder)
     module, colon, function = word.partition(":")
     if not colon:
-        near = next(iter(difflib.get_close_matches(word, NAMED, n=1)), None)
-        hint = f" (did you mean {near!r}?)" if near else ""
         raise ConfigError(
-            f"no scorer named {word!r}{hint}; expected one of {names(NAMED, limit=20)}, or module:function"
+            f"no scorer named {word!r}{near(word, NAMED)}; expected one of {names(NAMED, 20)}, or module:function"
         )
     try:
         found = getattr(importlib.import_module(module), function)
@@ -109,7 +124,9 @@ def _exact(answer: str, right: str, options: Options, folder: Path) -> Grade:
 
 def _contains(answer: str, right: str, options: Options, folder: Path) -> Grade:
     """1 where any of the words `any` stands in the answer as a whole word, in upper or lower case."""
-    words = _option(options, "contains", "any", list)
+    words = options.get("any")
+    if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+        raise _misfit("contains", "any", "a list of texts", words)
     return Grade(float(any(re.search(rf"(?<!\w){re.escape(w)}(?!\w)", answer, re.IGNORECASE) for w in words)))
 
 
@@ -128,22 +145,26 @@ def _agreement(answer: str, right: str, options: Options, folder: Path) -> Grade
 
 
 def read_number(text: str) -> float | None:
-    """The first number in a text; None where there is none, or none that is finite."""
-    found = _NUMBER.search(text.replace("\N{MINUS SIGN}", "-"))
-    value = float(found.group()) if found else math.nan
+    """The first number in a text; None where there is none, or none that is finite.
+
+    Digits within a word are none ("qm9"). A hyphen right after a letter or digit joins, and is no sign: "LUMO-2.3" and
+    "carbon-12" are 2.3 and 12, "3-5" is 3. A true minus sign (U+2212) is one everywhere.
+    """
+    found = _NUMBER.search(text)
+    value = float(found.group().replace(_MINUS, "-")) if found else math.nan
     return value if math.isfinite(value) else None
 
 
 def _number(answer: str, right: str, options: Options, folder: Path) -> Grade:
     """1 where the first number in the answer is within `tolerance` of the right one."""
-    pair = (read_number(answer), _right_number(right))
+    pair = (read_number(answer), _right_number(right, "number"))
     return Grade(float(_near(*pair, _tolerance(options, "number"))), (pair,))
 
 
 def _numbers(answer: str, right: str, options: Options, folder: Path) -> Grade:
     """Share of the comma-separated places within `tolerance`; places too many count as wrong ones."""
     tolerance = _tolerance(options, "numbers")
-    true = [_right_number(part) for part in right.split(",")]
+    true = [_right_number(part, "numbers") for part in right.split(",")]
     said = [read_number(part) for part in answer.split(",")]
     pairs = tuple((said[i] if i < len(said) else None, value) for i, value in enumerate(true))
     within = sum(_near(predicted, value, tolerance) for predicted, value in pairs)
@@ -154,18 +175,21 @@ def _near(predicted: float | None, true: float, tolerance: float) -> bool:
     return predicted is not None and abs(predicted - true) <= tolerance + _SLACK
 
 
-def _right_number(text: str) -> float:
+def _right_number(text: str, scorer: str) -> float:
     value = read_number(text)
     if value is None:
-        raise DataError(f"expected a number as the right answer, found {text!r:.40}")
+        raise DataError(f"scorer {scorer}: expected a number as the right answer, found {text!r:.40}")
     return value
 
 
-def _tolerance(options: Options, scorer: str) -> float:
-    value = options.get("tolerance", 0.0)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-        raise DataError(f"scorer {scorer}: expected a tolerance of at least 0, found {value!r}")
-    return float(value)
+def by_place(grades: Iterable[Grade]) -> list[list[tuple[float | None, float]]]:
+    """(predicted, true) of all grades, place by place: what stands at different places differs in meaning and unit."""
+    places: list[list[tuple[float | None, float]]] = []
+    for grade in grades:
+        places += [[] for _ in range(len(grade.numbers) - len(places))]
+        for place, pair in zip(places, grade.numbers):
+            place.append(pair)
+    return places
 
 
 # --- molecules and sequences ---
@@ -181,11 +205,11 @@ def _smiles(answer: str, right: str, options: Options, folder: Path) -> Grade:
 
 def _molecule(answer: str, right: str, options: Options, folder: Path) -> Grade:
     """1 where the answer is a valid molecule whose `property` in the `table` is within `tolerance` of `target`."""
-    key = _option(options, "molecule", "property", str)
-    target = float(_option(options, "molecule", "target", (int, float)))
+    key, table = (_text(options, "molecule", name) for name in ("property", "table"))
+    target, tolerance = _real(options, "molecule", "target"), _tolerance(options, "molecule")
     found = _canonical(answer)
-    value = None if found is None else _table(folder / _option(options, "molecule", "table", str), key).get(found)
-    return Grade(float(_near(value, target, _tolerance(options, "molecule"))))
+    value = None if found is None else _table(folder / table, key).get(found)
+    return Grade(float(_near(value, target, tolerance)))
 
 
 def _canonical(answer: str) -> str | None:
@@ -205,37 +229,75 @@ def _table(path: Path, key: str) -> dict[str, float]:
     if not isinstance(rows, dict):
         raise DataError(f"{path}: expected an object of values by SMILES, found {type(rows).__name__}")
     values = {smiles: value.get(key) if isinstance(value, dict) else value for smiles, value in rows.items()}
+    if odd := [value for value in values.values() if value is not None and not _is_real(value)]:
+        raise DataError(f"{path}: expected numbers as values of {key!r}, found {odd[0]!r:.40}")
     return {smiles: float(value) for smiles, value in values.items() if value is not None}
 
 
 def _sequence(answer: str, right: str, options: Options, folder: Path) -> Grade:
     """What `xloom.suite.mechanics.check_sequence` says of a designed protein sequence."""
-    return Grade(float(_optional("xloom.suite.mechanics", "sequence").check_sequence(answer, options)))
+    mechanics = _optional("xloom.suite.mechanics", "sequence")
+    targets = _reals(options, "targets", mechanics.MEASURED)
+    scales = _reals(options, "scales", mechanics.MEASURED)
+    if not all(scales.get(name, 0) > 0 for name in targets):
+        raise _misfit("sequence", "scales", f"numbers above 0 for {names(targets)}", options["scales"])
+    read = {"targets": targets, "scales": scales, "tolerance": _tolerance(options, "sequence")}
+    return Grade(float(mechanics.check_sequence(answer, read)))
 
 
 # --- others ---
 
 
 def _reasoning(answer: str, right: str, options: Options, folder: Path) -> Grade:
-    """The score of reasoning-gym's own scorer for the `dataset` that made the `entry`."""
-    dataset = _option(options, "reasoning", "dataset", str)
-    entry = _option(options, "reasoning", "entry", dict)
-    score = _optional("reasoning_gym", "reasoning").get_score_answer_fn(dataset)(answer.strip(), dict(entry))
-    return Grade(min(max(float(score), 0.0), 1.0))
+    """The score of reasoning-gym's own scorer for the `dataset` that made the `entry`; 0 where it cannot read it."""
+    dataset, entry = _text(options, "reasoning", "dataset"), options.get("entry")
+    if not isinstance(entry, Mapping) or not entry:
+        raise _misfit("reasoning", "entry", "an object", entry)
+    gym = _optional("reasoning_gym", "reasoning")
+    try:
+        judge = gym.get_score_answer_fn(dataset)
+    except ValueError:
+        raise _misfit("reasoning", "dataset", "a name that reasoning-gym knows", dataset) from None
+    try:
+        score = float(judge(answer.strip(), dict(entry)))
+    except Exception:
+        # is it the answer, or the entry?
+        try:
+            judge(right.strip(), dict(entry))
+        except Exception as error:
+            what = f"what {dataset} judges by ({type(error).__name__}: {error})"
+            raise _misfit("reasoning", "entry", what, entry) from error
+        score = 0.0
+    return Grade(min(max(score, 0.0), 1.0))
 
 
 def _parts(answer: str, right: str, options: Options, folder: Path) -> Grade:
     """Share of the parts that are right; answers are joined by "; "."""
-    parts = _option(options, "parts", "parts", list)
+    parts = options.get("parts")
+    if not isinstance(parts, list) or not parts:
+        raise _misfit("parts", "parts", "a list of objects", parts)
     said = [part.strip() for part in answer.split(";")]
     grades = []
-    for number, part in enumerate(parts):
-        scorer = Scorer(part.get("scorer", "exact"), part.get("options") or {}, None, folder)
-        if scorer.name not in NAMED:
-            raise DataError(f"scorer parts: part {number + 1}: no scorer named {scorer.name!r}")
-        grades.append(scorer.grade(said[number] if number < len(said) else "", str(part["answer"])))
+    for place, part in enumerate(parts):
+        try:
+            scorer, wanted = _part(part, folder)
+            grades.append(scorer.grade(said[place] if place < len(said) else "", wanted))
+        except XLoomError as error:
+            raise type(error)(f"scorer parts: part {place + 1}: {error}") from None
     numbers = tuple(pair for grade in grades for pair in grade.numbers)
     return Grade(sum(grade.score for grade in grades) / len(grades), numbers)
+
+
+def _part(part: Any, folder: Path) -> tuple[Scorer, str]:
+    """The scorer of one part, and its right answer."""
+    if not isinstance(part, Mapping) or not isinstance(part.get("answer"), (str, int, float)):
+        raise DataError(f"expected an object with an answer, found {part!r:.60}")
+    name, options = part.get("scorer", "exact"), part.get("options") or {}
+    if not isinstance(name, str) or name not in NAMED:
+        raise DataError(f"no scorer named {name!r:.40}{near(str(name), NAMED)}; expected one of {names(NAMED, 20)}")
+    if not isinstance(options, Mapping):
+        raise DataError(f"expected its options as an object, found {options!r:.40}")
+    return Scorer(name, options, None, folder), str(part["answer"])
 
 
 NAMED: Mapping[str, Callable[[str, str, Options, Path], Grade]] = {
@@ -252,12 +314,47 @@ NAMED: Mapping[str, Callable[[str, str, Options, Path], Grade]] = {
 }
 
 
-def _option(options: Options, scorer: str, key: str, kind: type | tuple[type, ...]) -> Any:
+# --- options ---
+
+
+def _text(options: Options, scorer: str, key: str) -> str:
     value = options.get(key)
-    if not isinstance(value, kind) or value in ([], {}, ""):
-        kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-        raise DataError(f"scorer {scorer}: expected the option {key!r} as {kinds}, found {value!r:.40}")
+    if not isinstance(value, str) or not value:
+        raise _misfit(scorer, key, "a text", value)
     return value
+
+
+def _real(options: Options, scorer: str, key: str) -> float:
+    value = options.get(key)
+    if not _is_real(value):
+        raise _misfit(scorer, key, "a number", value)
+    return float(value)
+
+
+def _tolerance(options: Options, scorer: str) -> float:
+    value = options.get("tolerance", 0.0)
+    if not _is_real(value) or value < 0:
+        raise _misfit(scorer, "tolerance", "a number of at least 0", value)
+    return float(value)
+
+
+def _reals(options: Options, key: str, known: Iterable[str]) -> dict[str, float]:
+    """(sequence) Numbers by name."""
+    values = options.get(key)
+    if not isinstance(values, Mapping) or not values or not set(values) <= set(known):
+        raise _misfit("sequence", key, f"an object of numbers for {names(known)}", values)
+    if not all(map(_is_real, values.values())):
+        raise _misfit("sequence", key, "numbers", values)
+    return {name: float(value) for name, value in values.items()}
+
+
+def _is_real(value: object) -> TypeGuard[float]:
+    """A finite number that a float can hold, and neither true nor false."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _misfit(scorer: str, key: str, expected: str, found: object) -> DataError:
+    return DataError(f"scorer {scorer}: expected the option {key!r} as {expected}, found {found!r:.60}")
 
 
 def _optional(module: str, scorer: str) -> Any:
@@ -266,14 +363,3 @@ def _optional(module: str, scorer: str) -> Any:
     except ModuleNotFoundError as error:
         package = (error.name or module).partition(".")[0]
         raise MissingExtraError(f'scorer {scorer}: needs the package {package}: pip install "xloom[suite]"') from None
-
-
-def check(scorer: Scorer, right: str, row: Mapping[str, Any] | None = None) -> None:
-    """Grades the right answer itself, which finds options that make no sense before any model runs.
-
-    Raises:
-        DataError: the options or the right answer do not fit.
-        MissingExtraError: a package is not installed.
-    """
-    if scorer.custom is None:
-        scorer.grade(right, right, row)

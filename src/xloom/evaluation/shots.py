@@ -8,17 +8,17 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from xloom.errors import DataError
-from xloom.evaluation.tasks import Question
+from xloom.evaluation.tasks import QUICK, Question
 from xloom.training.rows import Row
 
-_GRADED = 300  # training rows that candidates are tried on
-_CANDIDATES = 50
-_QUICK = {"exact", "contains", "number", "numbers"}  # scorers that are cheap enough to try candidates with
+CANDIDATES = 50  # the commonest answers, of which the best is the constant one
+SEPARATOR = "\n\n"  # between solved questions of plain text
+_GRADED = 300  # rows that candidates are tried on
 _JOINT = "; "
 
 
 def best_constant(questions: Sequence[Question]) -> str:
-    """The answer that would have scored best had it been given to all of these; the commonest, where that is costly.
+    """Of the `CANDIDATES` commonest answers the one that scores best on these; the commonest, where that is costly.
 
     Raises:
         DataError: there are no questions.
@@ -26,8 +26,8 @@ def best_constant(questions: Sequence[Question]) -> str:
     counts = Counter(question.right for question in questions)
     if not counts:
         raise DataError("a constant answer: expected questions with right answers, found none")
-    common = counts.most_common(_CANDIDATES)
-    if questions[0].scorer.name not in _QUICK or len(common) == 1:
+    common = counts.most_common(CANDIDATES)
+    if questions[0].scorer.name not in QUICK or len(common) == 1:
         return common[0][0]
     some = questions[:_GRADED]
     # of equally good ones the commonest
@@ -39,8 +39,8 @@ class Constants:
 
     Args:
         train: of all columns.
-        asked: the questions themselves, which stand in where a kind has no training rows: their constant is then the
-            best that any could be.
+        asked: the questions themselves, which stand in where a kind has no training rows. What is chosen on the very
+            questions that it answers is no fair rival: `borrowed` tells.
     """
 
     def __init__(self, train: Iterable[Question], asked: Iterable[Question]) -> None:
@@ -49,14 +49,16 @@ class Constants:
         self._found: dict[tuple[str, str], str] = {}
 
     def answer(self, question: Question) -> str:
-        kinds = _kinds_of_parts(question) if question.scorer.name == "parts" else []
-        if kinds and all(kind in self._known for kind in kinds):
-            return _JOINT.join(self._of(kind) for kind in kinds)
-        return self._of(_kind(question))
+        return _JOINT.join(self._of(kind) for kind in self._kinds(question))
 
-    def borrowed(self) -> bool:
-        """Whether some kind of question had no training rows."""
-        return any(kind not in self._known for kind in self._found)
+    def borrowed(self, question: Question) -> bool:
+        """Whether its answer is chosen on the questions themselves, for want of training rows."""
+        return any(kind not in self._known for kind in self._kinds(question))
+
+    def _kinds(self, question: Question) -> list[tuple[str, str]]:
+        """Of the answers that, joined, are the one to this question: its parts' where there are rows for them all."""
+        parts = _kinds_of_parts(question) if question.scorer.name == "parts" else []
+        return parts if parts and all(kind in self._known for kind in parts) else [_kind(question)]
 
     def _of(self, kind: tuple[str, str]) -> str:
         if kind not in self._found:
@@ -77,7 +79,8 @@ def solved(question: Question, train: Sequence[Question], count: int) -> list[Qu
 def with_shots(row: Row, shots: Sequence[Question]) -> Row:
     """The row with solved questions before its own: earlier turns of the chat, or paragraphs of a plain text."""
     if isinstance(row.prompt, str):
-        parts = [f"{shot.row.prompt}{shot.row.completion}\n\n" for shot in shots if isinstance(shot.row.prompt, str)]
+        plain = [shot.row for shot in shots if isinstance(shot.row.prompt, str)]
+        parts = [f"{shot.prompt}{shot.completion}{SEPARATOR}" for shot in plain]
         return Row("".join(parts) + row.prompt, row.completion, row.where)
     turns = [
         message

@@ -6,7 +6,7 @@ Everything is paired: in each resample all systems answered the same questions. 
 Letters: Q questions  M systems  R resamples  C columns
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from zlib import crc32
 
@@ -17,6 +17,7 @@ Floats = NDArray[np.float64]
 
 RESAMPLES = 2000
 LEVEL = 0.95
+_AT_ONCE = 2**20  # counts in memory
 
 
 @dataclass(frozen=True)
@@ -31,20 +32,22 @@ class Interval:
     def half(self) -> float:
         return (self.high - self.low) / 2
 
-    def overlaps(self, other: "Interval") -> bool:
-        return self.low <= other.high and other.low <= self.high
 
-
-def resampled_counts(questions: int, *, name: str = "", resamples: int = RESAMPLES, seed: int = 0) -> NDArray[np.int64]:
-    """How often each question is in each resample [R, Q]; fixed by the column's name and the seed."""
+def resampled_counts(
+    questions: int, *, name: str = "", resamples: int = RESAMPLES, seed: int = 0
+) -> Iterator[NDArray[np.int64]]:
+    """How often each question is in each resample [R, Q], some resamples at a time; fixed by the name and the seed."""
     rng = np.random.default_rng([seed, crc32(name.encode())])
-    return rng.multinomial(questions, np.full(questions, 1 / questions), size=resamples)
+    even = np.full(questions, 1 / questions)
+    some = max(_AT_ONCE // questions, 1)
+    for start in range(0, resamples, some):
+        yield rng.multinomial(questions, even, size=min(some, resamples - start))
 
 
 def resampled_means(scores_QM: Floats, *, name: str = "", resamples: int = RESAMPLES, seed: int = 0) -> Floats:
     """The systems' mean scores in each resample [R, M]; NaN for a system with a score missing."""
-    counts_RQ = resampled_counts(len(scores_QM), name=name, resamples=resamples, seed=seed)
-    return np.asarray(counts_RQ @ scores_QM / len(scores_QM))
+    parts = resampled_counts(len(scores_QM), name=name, resamples=resamples, seed=seed)
+    return np.concatenate([counts_RQ @ scores_QM / len(scores_QM) for counts_RQ in parts])
 
 
 def interval(value: float, samples_R: Floats) -> Interval:

@@ -1,7 +1,8 @@
 """Answers of one system, kept line by line in a file, so that an evaluation that was stopped goes on.
 
     {"identity": {...}}                                        first line: what the answers depend on
-    {"key": ..., "answer": ..., "tokens": ..., "weights": {expert: ...}, "seconds": ...}
+    {"setting": {...}}                                         what seconds and memory of the lines below depend on
+    {"key": ..., "answer": ..., "tokens": ..., "weights": {expert: ...}, "seconds": ..., "cut": ...}
     {"key": ..., "loss": ...}    {"peak_mb": ...}
 
 Knows nothing of systems or models: they hand over their identity as JSON values.
@@ -10,11 +11,11 @@ Knows nothing of systems or models: they hand over their identity as JSON values
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 
@@ -34,12 +35,17 @@ _SHARED_FIELDS = ("experts", "gate_at_layer")  # of the config, which count for 
 
 @dataclass(frozen=True)
 class Kept:
-    """An answer: its text, its length, every expert's mean scaling, and its share of the batch's seconds."""
+    """An answer: its text, its length, every expert's mean scaling, and its share of the batch's seconds.
+
+    `seconds` is None for one that was written in another setting. `cut` says whether there were no more tokens for it;
+    None where nobody noted that.
+    """
 
     text: str
     tokens: int
     weights: Mapping[str, float]
-    seconds: float
+    seconds: float | None
+    cut: bool | None = None
 
 
 class AnswerFile:
@@ -48,13 +54,19 @@ class AnswerFile:
     Args:
         path: the file; None keeps everything in memory.
         identity: JSON values; a file with another one is put aside as `<name>.old`, and `replaced` says what differs.
+        setting: JSON values on which speed and memory depend. Answers of another setting are as good, but their seconds
+            and their peak of memory do not count.
 
     Raises:
         ConfigError: the file cannot be read or written.
     """
 
-    def __init__(self, path: Path | None, identity: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: Path | None, identity: Mapping[str, Any], setting: Mapping[str, Any] | None = None
+    ) -> None:
         self.path, self.identity = path, json.loads(json.dumps(identity))
+        self.setting = json.loads(json.dumps(setting or {}))
+        self._last_setting: Any = None  # of the lines that are there; old ones have none
         self.answers: dict[str, Kept] = {}
         self.losses: dict[str, float] = {}
         self.peak_mb: float | None = None
@@ -66,25 +78,34 @@ class AnswerFile:
     def add(self, answers: Mapping[str, Kept]) -> None:
         """Written and on the disk when this returns."""
         self.answers |= answers
-        self._append(
+        lines = [
             {
                 "key": key,
                 "answer": kept.text,
                 "tokens": kept.tokens,
                 "weights": dict(kept.weights),
                 "seconds": kept.seconds,
+                "cut": kept.cut,
             }
             for key, kept in answers.items()
-        )
+        ]
+        self._append([*self._new_setting(), *lines])
 
     def add_losses(self, losses: Mapping[str, float]) -> None:
         self.losses |= losses
         self._append({"key": key, "loss": loss} for key, loss in losses.items())
 
     def add_peak(self, peak_mb: float) -> None:
-        """Of one run; of several, the highest counts."""
+        """Of one run; of several in the same setting, the highest counts."""
         self.peak_mb = max(peak_mb, self.peak_mb or 0.0)
-        self._append([{"peak_mb": peak_mb}])
+        self._append([*self._new_setting(), {"peak_mb": peak_mb}])
+
+    def _new_setting(self) -> list[dict[str, Any]]:
+        """The line that goes before what was measured in this setting, if the lines above are of another."""
+        if self._last_setting == self.setting:
+            return []
+        self._last_setting = self.setting
+        return [{"setting": self.setting}]
 
     def _open(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,12 +127,18 @@ class AnswerFile:
         self._append([{"identity": self.identity}])
 
     def _take(self, line: Mapping[str, Any]) -> None:
-        if "peak_mb" in line:
-            self.peak_mb = max(line["peak_mb"], self.peak_mb or 0.0)
+        measured = self._last_setting == self.setting
+        if "setting" in line:
+            self._last_setting = line["setting"]
+        elif "peak_mb" in line:
+            if measured:
+                self.peak_mb = max(line["peak_mb"], self.peak_mb or 0.0)
         elif "loss" in line:
             self.losses[line["key"]] = line["loss"]
         else:
-            self.answers[line["key"]] = Kept(line["answer"], line["tokens"], line["weights"], line["seconds"])
+            seconds = line["seconds"] if measured else None
+            kept = Kept(line["answer"], line["tokens"], line["weights"], seconds, line.get("cut"))
+            self.answers[line["key"]] = kept
 
     def _append(self, lines: Iterable[Mapping[str, Any]]) -> None:
         if self.path is None:
@@ -138,13 +165,14 @@ class _naming:
 
 
 def file_name(system: str) -> str:
-    """A system's name as that of a file."""
-    return re.sub(r"[^\w.=,+-]", "-", system) + ".jsonl"
+    """A system's name as that of a file: `xlora%3Atop1.jsonl`. Different names give different files."""
+    return quote(system, safe=",=+") + ".jsonl"
 
 
 def question_key(question: Question, prompt: Prompt) -> str:
-    """What an answer depends on beside the system: token ids, how many new ones there may be, the question's kind."""
-    known = (prompt.ids, prompt.max_new_tokens, question.experts, question.task)
+    """What an answer depends on beside the system: token ids, where it has to end, the question's kind."""
+    stop = () if prompt.stop is None else (prompt.stop,)
+    known = (prompt.ids, prompt.max_new_tokens, question.experts, question.task, *stop)
     return hashlib.sha256(repr(known).encode()).hexdigest()[:32]
 
 

@@ -15,20 +15,15 @@ from typing import Any, final
 import torch
 
 from xloom.collapse import mean_scalings, static_expert
-from xloom.config import XLoraConfig
-from xloom.evaluation.bench import Bench, Ids, right_experts
+from xloom.evaluation.bench import Bench, Ids, changed, check_alike, right_experts
 from xloom.evaluation.decoding import Answer, Prompt, RouterOf, decode, losses
-from xloom.evaluation.shots import Constants, solved, with_shots
+from xloom.evaluation.shots import SEPARATOR, Constants, solved, with_shots
 from xloom.evaluation.tasks import Question, Task
 from xloom.experts import Expert
-from xloom.merging import Method, merge_experts
+from xloom.merging import Method, merge_experts, on_deltas
 from xloom.model import XLoraForCausalLM
 from xloom.routers import BaseOnly, Centroid, Fixed, PerRow, Router, Single, check_known
 from xloom.training.data import Example
-
-_ON_DELTAS: Mapping[Method, Method] = {
-    "linear": "svd", "ties": "ties_svd", "dare_linear": "dare_linear_svd", "dare_ties": "dare_ties_svd",
-}  # fmt: skip
 
 
 class Ready(ABC):
@@ -53,11 +48,13 @@ class System(ABC):
         about: one line about it.
         routes: whether its scalings tell which expert it takes to be the right one.
         reads_head: whether the model's head has a part in its answers.
+        fitted: whether the bench's samples have one.
         kept: whether its answers are worth keeping.
     """
 
     routes = False
     reads_head = False
+    fitted = False
     kept = True
 
     def __init__(self, name: str, about: str) -> None:
@@ -71,13 +68,21 @@ class System(ABC):
         """The questions as this system sees them."""
         return list(questions)
 
+    def prompts(self, bench: Bench, rows: Sequence[Question]) -> list[Prompt]:
+        """Of its `rows`. Raises as `Bench.prompts`."""
+        return bench.prompts(rows)
+
+    def borrows(self, bench: Bench, task: Task) -> bool:
+        """Whether its answers to this column are chosen by the right ones: its score there is no fair one."""
+        return False
+
     def folder(self) -> Path | None:
         """Of a model of its own."""
         return None
 
     def settings(self, bench: Bench) -> dict[str, Any]:
         """What decides its answers beside the prompts, the model's files and its name."""
-        return {}
+        return {"samples": hashlib.sha256(repr(bench.samples()).encode()).hexdigest()} if self.fitted else {}
 
     @abstractmethod
     @contextmanager
@@ -145,11 +150,18 @@ class Constant(System):
 
     kept = False
 
+    def borrows(self, bench: Bench, task: Task) -> bool:
+        constants = _constants(bench)
+        return any(constants.borrowed(question) for question in task.questions)
+
     @contextmanager
     def ready(self, bench: Bench) -> Iterator[Ready]:
-        train = [question for task in bench.tasks for question in task.train]
-        asked = [question for task in bench.tasks for question in task.questions]
-        yield _ConstantReady(Constants(train, asked))
+        yield _ConstantReady(_constants(bench))
+
+
+def _constants(bench: Bench) -> Constants:
+    train = [question for task in bench.tasks for question in task.train]
+    return Constants(train, [question for task in bench.tasks for question in task.questions])
 
 
 class _ConstantReady(Ready):
@@ -163,7 +175,10 @@ class _ConstantReady(Ready):
 
 @final
 class FewShot(System):
-    """The base, with solved training rows of the same kind before the question."""
+    """The base, with solved training rows of the same kind before the question.
+
+    In plain text its answer ends where the next solved question would begin, as no end token stands in such a prompt.
+    """
 
     def takes(self, bench: Bench, task: Task) -> bool:
         return bool(task.train)
@@ -177,6 +192,15 @@ class FewShot(System):
                 shots[kind] = solved(question, bench.train_of(question.column), bench.few_shot)
             out.append(replace(question, row=with_shots(question.row, shots[kind])))
         return out
+
+    def prompts(self, bench: Bench, rows: Sequence[Question]) -> list[Prompt]:
+        whole = {task.name for task in bench.tasks if any(SEPARATOR in known.right for known in task.train)}
+        return [
+            replace(prompt, stop=SEPARATOR)
+            if bench.few_shot and isinstance(row.row.prompt, str) and row.column not in whole
+            else prompt
+            for row, prompt in zip(rows, bench.prompts(rows), strict=True)
+        ]
 
     @contextmanager
     def ready(self, bench: Bench) -> Iterator[Ready]:
@@ -209,12 +233,11 @@ class Routed(System):
         fitted: bool = False,
     ) -> None:
         super().__init__(name, about)
-        self._make, self.routes, self._fitted = make, routes, fitted
-        self.reads_head = reads_head
-        self._fields = dict(fields or {})
+        self.routes, self.reads_head, self.fitted = routes, reads_head, fitted
+        self._make, self._fields = make, dict(fields or {})
 
     def settings(self, bench: Bench) -> dict[str, Any]:
-        return self._fields | ({"samples": _digest(bench.samples())} if self._fitted else {})
+        return self._fields | super().settings(bench)
 
     @contextmanager
     def ready(self, bench: Bench) -> Iterator[Ready]:
@@ -248,13 +271,11 @@ class Nearest(System):
     """Experts by the likeness of the prompt to those of each expert (`routers.Centroid`)."""
 
     routes = True
+    fitted = True
 
     def __init__(self, name: str, about: str, top_k: int | None = None) -> None:
         super().__init__(name, about)
         self._top_k = top_k
-
-    def settings(self, bench: Bench) -> dict[str, Any]:
-        return {"samples": _digest(bench.samples())}
 
     @contextmanager
     def ready(self, bench: Bench) -> Iterator[Ready]:
@@ -302,14 +323,11 @@ class OneAdapter(System):
         fitted: bool = False,
     ) -> None:
         super().__init__(name, about)
-        self._make, self._folder, self._fitted = make, folder, fitted
-        self.reads_head = reads_head
+        self.reads_head, self.fitted = reads_head, fitted
+        self._make, self._folder = make, folder
 
     def folder(self) -> Path | None:
         return self._folder
-
-    def settings(self, bench: Bench) -> dict[str, Any]:
-        return {"samples": _digest(bench.samples())} if self._fitted else {}
 
     @contextmanager
     def ready(self, bench: Bench) -> Iterator[Ready]:
@@ -325,7 +343,7 @@ class OneAdapter(System):
 
 @final
 class OtherModel(System):
-    """Another X-LoRA model, with experts and a head of its own; its base is loaded beside."""
+    """Another X-LoRA model of the same tokens, with experts and a head of its own; its base is loaded beside."""
 
     routes = True
 
@@ -336,9 +354,13 @@ class OtherModel(System):
     def folder(self) -> Path | None:
         return self._folder
 
+    def settings(self, bench: Bench) -> dict[str, Any]:
+        return {} if bench.base is None else {"base": str(bench.base)}
+
     @contextmanager
     def ready(self, bench: Bench) -> Iterator[Ready]:
-        model = XLoraForCausalLM.from_pretrained(self._folder, dtype=bench.model.base.dtype)
+        model = XLoraForCausalLM.from_pretrained(self._folder, base=bench.base, dtype=bench.model.base.dtype)
+        check_alike(bench, self._folder, model)
         yield _ModelReady(bench, model.to(bench.model.device))
 
 
@@ -358,7 +380,7 @@ def merged(bench: Bench, method: Method) -> Expert:
 def fitting_method(model: XLoraForCausalLM, method: Method) -> Method:
     """The method itself where all experts have one rank; else its form that works on deltas and not on factors."""
     ranks = {low.rank for expert in experts_of(model).values() for low in expert.modules.values()}
-    return _ON_DELTAS.get(method, method) if len(ranks) > 1 else method
+    return on_deltas(method) if len(ranks) > 1 else method
 
 
 def experts_of(model: XLoraForCausalLM) -> dict[str, Expert]:
@@ -371,20 +393,3 @@ def experts_of(model: XLoraForCausalLM) -> dict[str, Expert]:
 def _alike(chosen: Sequence[str], experts: Sequence[str]) -> Router:
     check_known(chosen, experts)
     return Single(chosen[0]) if len(chosen) == 1 else Fixed(dict.fromkeys(chosen, 1 / len(chosen)))
-
-
-@contextmanager
-def changed(config: XLoraConfig, fields: Mapping[str, Any]) -> Iterator[None]:
-    """Other values of some fields, for a while."""
-    before = {name: getattr(config, name) for name in fields}
-    try:
-        for name, value in fields.items():
-            setattr(config, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(config, name, value)
-
-
-def _digest(samples: Mapping[str, Sequence[tuple[int, ...]]]) -> str:
-    return hashlib.sha256(repr(samples).encode()).hexdigest()

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from xloom.errors import ConfigError, DataError, MissingExtraError, NotFoundError, XLoomError, names
-from xloom.evaluation.scorers import Custom, Grade, Scorer, check, find_scorer
+from xloom.evaluation.scorers import Custom, Grade, Scorer, find_scorer
 from xloom.training.rows import Row, read_rows
 
 MOST_TASKS = 12  # of a column that has a figure for each of them
+QUICK = frozenset({"exact", "contains", "number", "numbers"})  # scorers that may grade every row beforehand
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,17 @@ class Question:
 
 @dataclass(frozen=True)
 class Task:
-    """One column: the questions, and training rows of the same kind for those systems that look at some."""
+    """One column: the questions, and training rows of the same kind for those systems that look at some.
+
+    Args:
+        beyond: rows of the file that are not asked, as there is a limit. They count where lengths are measured, so that
+            an answer does not depend on how many questions there are.
+    """
 
     name: str
     questions: tuple[Question, ...]
     train: tuple[Question, ...] = ()
+    beyond: tuple[Question, ...] = ()
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -81,7 +89,7 @@ def load_tasks(
 
     Args:
         scorer: for rows that do not bring one of their own; a name, "module:function" or a function. Default: exact.
-        limit: only so many questions of each, the first ones of its file.
+        limit: only so many questions of each are asked, the first ones of its file.
 
     Raises:
         NotFoundError: no such file.
@@ -93,7 +101,7 @@ def load_tasks(
     return [_load(name, Path(place), default, limit) for name, place in sources.items()]
 
 
-def read_questions(path: Path, column: str, default: Scorer, limit: int | None = None) -> list[Question]:
+def read_questions(path: Path, column: str, default: Scorer) -> list[Question]:
     """The rows of one JSONL file. Raises as `load_tasks`."""
     if path.suffix != ".jsonl" or not path.is_file():
         problem = "found nothing" if not path.exists() else f"found {path.name!r}"
@@ -105,31 +113,25 @@ def read_questions(path: Path, column: str, default: Scorer, limit: int | None =
         filled = (line for line in lines if line.strip())
         for row in read_rows(path):
             raw = json.loads(next(filled))
-            if limit is not None and len(found) == limit:
-                break
             if not row.empty:
                 found.append(_question(row, raw, column, default, path.parent))
     return found
 
 
-def prompt_messages(question: Question) -> list[dict[str, Any]]:
-    """The prompt as messages; a plain text as one of the user's."""
-    prompt = question.row.prompt
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-
-
 def _load(name: str, place: Path, default: Scorer, limit: int | None) -> Task:
     test, train = (place / "test.jsonl", place / "train.jsonl") if place.is_dir() else (place, None)
-    questions = read_questions(test, name, default, limit)
+    rows = read_questions(test, name, default)
+    questions, beyond = rows[:limit], rows[len(rows[:limit]) :]
     if not questions:
         raise DataError(f"{test}: expected rows with a right answer, found none")
     checked: set[tuple[str, str]] = set()
     for question in questions:
-        if (kind := (question.task, question.scorer.name)) not in checked:  # scorers are slow where they compute
+        kind = (question.task, question.scorer.name)
+        if question.scorer.name in QUICK or kind not in checked:
             _check(question)
             checked.add(kind)
     known = read_questions(train, name, default) if train is not None and train.is_file() else []
-    return Task(name, tuple(questions), tuple(known))
+    return Task(name, tuple(questions), tuple(known), tuple(beyond))
 
 
 def _question(row: Row, raw: Mapping[str, Any], column: str, default: Scorer, folder: Path) -> Question:
@@ -159,12 +161,19 @@ def _experts(raw: Mapping[str, Any], column: str) -> tuple[str, ...]:
 
 
 def _check(question: Question) -> None:
+    """Grades the right answer itself: finds options and rows that make no sense before any model runs."""
+    scorer, right = question.scorer, question.right
+    if scorer.custom is not None:  # of the user's own, which may be slow
+        return
     try:
-        check(question.scorer, question.right, question.raw)
+        score = scorer.grade(right, right, question.raw).score
     except MissingExtraError:
         raise
     except XLoomError as error:
         raise DataError(f"{question.row.where}: {error}") from None
+    if score < 1 - _ROUNDING:
+        problem = f"expected a right answer of score 1, found {right!r:.60}, of score {score:g}"
+        raise DataError(f"{question.row.where}: scorer {scorer.name}: {problem}")
 
 
 def describe(tasks: Sequence[Task]) -> str:

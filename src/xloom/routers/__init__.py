@@ -7,6 +7,7 @@ Use one for a while with `with model.routing(router): ...`.
     head       XLora
     factors    from the experts' own factors, training-free: Arrow, SpectR (and SEQR)
     centroid   from a few prompts of each expert: Centroid, whose decision is a PerRow
+    words      routers by word: `read_router`
 """
 
 from xloom.mixture import Router

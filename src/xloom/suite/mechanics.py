@@ -19,6 +19,7 @@ Labels = Mapping[str, float]  # force and energy, 0..1
 
 TABLE = "data/mechanics.json"
 TOLERANCE = 0.1
+MEASURED = ("force", "energy")  # what `check_sequence` can be asked about
 GENERATED = 14  # residues: the longest chain that an answer spells out
 
 

@@ -5,11 +5,10 @@
 Knows nothing of what reads the rows.
 """
 
-import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xloom.errors import NotFoundError
+from xloom.errors import NotFoundError, near
 from xloom.suite.composite import FAMILIES, build_composite
 from xloom.suite.domains import DOMAINS, DomainFiles, build_domain, build_suite
 from xloom.suite.fetch import cache_dir
@@ -22,28 +21,43 @@ if TYPE_CHECKING:
 
 PREFIX = "suite:"
 SETS: tuple[str, ...] = (*DOMAINS, *FAMILIES, "unseen", "general")
+_KEPT: dict[tuple[Path, str], DomainFiles] = {}  # what this process has found or built in the cache, by folder and name
 
 
 def rows_of(name: str, folder: str | Path | None = None, progress: "Progress | None" = None) -> DomainFiles:
     """The files of a domain, of a family of composite tasks, of the unseen family or of the general questions.
 
     Args:
-        folder: where the whole suite is kept, each set in a folder of its name; by default in the cache.
+        folder: where the whole suite is kept, each set in a folder of its name; by default in the cache, where a
+            process looks into each set once.
 
     Raises:
         NotFoundError: no such set.
         Others: as the builders say.
     """
-    root = Path(folder) if folder is not None else cache_dir() / "suite"
+    if name not in SETS:
+        raise NotFoundError(f"no set of rows {name!r} in the suite{near(name, SETS)}; there are {', '.join(SETS)}")
+    if folder is not None:
+        return _built(name, Path(folder), progress)[name]
+    root = cache_dir() / "suite"
+    kept = _KEPT.get((root, name))
+    if kept is None or not all(path.is_file() for path in (kept.train, kept.valid, kept.test, kept.card)):
+        found = _built(name, root, progress)
+        _KEPT.update({(root, other): files for other, files in found.items()})
+        kept = found[name]
+    return kept
+
+
+def _built(name: str, root: Path, progress: "Progress | None") -> dict[str, DomainFiles]:
+    """A set, and those that are built along with it, by name."""
     if name in DOMAINS:
-        return build_domain(name, root / name, progress=progress)
+        return {name: build_domain(name, root / name, progress=progress)}
     if name in FAMILIES:
-        return build_composite(build_suite(root, progress=progress), root)[name]
+        domains = build_suite(root, progress=progress)
+        return domains | build_composite(domains, root)
     if name == "unseen":
-        return build_unseen(root / name, progress=progress)
-    if name == "general":
-        return build_general(root / name)
-    raise NotFoundError(f"no set of rows {name!r} in the suite{_hint(name, SETS)}; there are {', '.join(SETS)}")
+        return {name: build_unseen(root / name, progress=progress)}
+    return {name: build_general(root / name)}
 
 
 def find_rows(word: str) -> Path:
@@ -60,8 +74,3 @@ def find_rows(word: str) -> Path:
     if not path.stat().st_size:
         raise NotFoundError(f"{word}: this set has no {split} rows")
     return path
-
-
-def _hint(name: str, known: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""

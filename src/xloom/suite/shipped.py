@@ -32,7 +32,8 @@ def model_folder(name: str) -> Path:
 
 def _inside(kind: str, marker: str) -> dict[str, Path]:
     root = next((root for root in _ROOTS if (root / kind).is_dir()), _ROOTS[-1]) / kind
-    found = {file.parent.name: file.parent for file in sorted(root.glob(f"*/{marker}"))}
+    files = sorted(root.glob(f"*/{marker}"))
+    found = {file.parent.name: file.parent for file in files if not file.parent.name.startswith(".")}
     if not found:
         raise NotFoundError(f"{root}: expected the {kind} that are shipped with xloom, found none")
     return found

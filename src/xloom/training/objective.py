@@ -34,8 +34,9 @@ def mean_over_tokens(shares_BTSC: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def cross_entropy(shares: Tensor, targets: Tensor) -> Tensor:
-    """-sum_c target * log share over the last axis; a share counts as at least 1e-6."""
-    return -(targets * shares.clamp(min=_SMALLEST_SHARE).log()).sum(dim=-1)
+    """-sum_c target * log share over the last axis; below a share of 1e-6, log goes on as its tangent, never flat."""
+    below = shares.clamp(max=_SMALLEST_SHARE) / _SMALLEST_SHARE - 1  # 0 from the smallest share on
+    return -(targets * (shares.clamp(min=_SMALLEST_SHARE).log() + below)).sum(dim=-1)
 
 
 def routing_losses(shares_BTSC: Tensor, mask_BT: Tensor, row_targets_BC: Tensor, token_targets_BKC: Tensor) -> Tensor:

@@ -17,9 +17,9 @@ import yaml
 from pydantic import BeforeValidator, Field, PrivateAttr
 
 from xloom.config import XLoraConfig, check_expert_names, check_field_names
-from xloom.errors import RecipeError, XLoomError, names
+from xloom.errors import RecipeError, XLoomError, names, near
 from xloom.files import fetch_folder
-from xloom.training.recipe_fields import Checked, Count, Domains, Lora, Paths, Share, Weight, near, off
+from xloom.training.recipe_fields import Checked, Count, Domains, Lora, Paths, Share, Weight, off
 from xloom.training.rows import find_source
 
 BASE_ALONE = "base"  # instead of an expert's name
@@ -249,14 +249,14 @@ class HeadRecipe(Recipe):
                 self.refuse(
                     f"data.{name}.expert",
                     f"one of {names(self.experts)}, 'base' or null",
-                    near(domain.expert, self.experts),
+                    f"{domain.expert!r}{near(domain.expert, self.experts)}",
                 )
             if not domain.says_expert and name not in self.experts:
                 wanted = f"an expert's name ({names(self.experts)}), or 'expert: NAME' or 'expert: null' below it"
-                self.refuse(f"data.{name}", wanted, near(name, self.experts))
+                self.refuse(f"data.{name}", wanted, f"{name!r}{near(name, self.experts)}")
         for name in self.valid:
             if name not in self.data and name not in self.experts:
-                self.refuse("valid", f"domains of data ({names(self.data)})", near(name, self.data))
+                self.refuse("valid", f"domains of data ({names(self.data)})", f"{name!r}{near(name, self.data)}")
         needed = self.routing_weight or self.init == "labels"
         if not self.right_experts() and not of_base and needed and self.soft_labels == "off":
             self.refuse("soft_labels", "'row' or 'token' (or no routing term) where no domain has an expert", "'off'")

@@ -3,14 +3,13 @@
 Knows nothing of files, or of what recipes are for.
 """
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from xloom.errors import RecipeError, names
+from xloom.errors import RecipeError, names, near
 
 
 def _as_list(value: Any) -> Any:
@@ -113,10 +112,4 @@ def _one_line(kind: type[BaseModel], problem: Mapping[str, Any]) -> str:
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else f"; known are {names(known, 40)}"
-
-
-def near(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"{word!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
+    return near(word, known) or f"; known are {names(known, 40)}"

@@ -6,7 +6,6 @@
 Knows nothing of tokenizers, tensors or recipes. pyarrow and datasets are loaded when a source needs them.
 """
 
-import difflib
 import hashlib
 import importlib
 import json
@@ -18,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from xloom.errors import DataError, MissingExtraError, NotFoundError, names
+from xloom.errors import DataError, MissingExtraError, NotFoundError, names, near
 from xloom.suite.disk import file_sha256
 from xloom.suite.shelf import PREFIX, find_rows
 
@@ -87,12 +86,11 @@ def find_source(word: str | Path, folder: Path = Path()) -> Source:
     start, _, split = str(path).rpartition(":")
     if start and Path(start).is_dir():
         return Source(Path(start), split=split)
-    near = _near(path)
-    if isinstance(word, str) and _HUB_ID.fullmatch(word) and path.suffix not in _READERS and not near:
+    hint = _hint(path)
+    if isinstance(word, str) and _HUB_ID.fullmatch(word) and path.suffix not in _READERS and not hint:
         name, _, split = word.partition(":")
         owner, repository, *config = name.split("/")
         return Source(f"{owner}/{repository}", config[0] if config else None, split or "train")
-    hint = f" (did you mean {near!r}?)" if near else ""
     raise NotFoundError(f"{path}: expected a data file, a dataset's folder or its hub id, found nothing{hint}")
 
 
@@ -228,12 +226,11 @@ def _optional(module: str, source: Source | Path) -> Any:
         ) from None
 
 
-def _near(path: Path) -> str | None:
-    """A data file beside `path` whose name is nearly the same."""
+def _hint(path: Path) -> str:
+    """A data file beside `path` whose name is nearly the same, in words."""
     if not path.parent.is_dir():
-        return None
-    there = sorted(item.name for item in path.parent.iterdir() if item.suffix in _READERS)
-    return next(iter(difflib.get_close_matches(path.name, there, n=1)), None)
+        return ""
+    return near(path.name, sorted(item.name for item in path.parent.iterdir() if item.suffix in _READERS))
 
 
 def _sha256(path: Path) -> str:
