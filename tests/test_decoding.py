@@ -265,6 +265,19 @@ def test_stream(tmp_path):
     torch.testing.assert_close(drafted.tokens(), log.tokens(), atol=1e-6, rtol=0)
 
 
+def test_stop_strings(tmp_path):
+    model, tokenizer = mixed("llama", tmp_path), tiny_tokenizer()
+    ids = repeated()
+    text = [step.text for step in model.stream(ids, tokenizer, max_new_tokens=NEW, do_sample=False)]
+    stop = text[4].strip()
+    for fast in (True, False):
+        steps = model.stream(ids, tokenizer, speculative=fast, stop_strings=[stop], max_new_tokens=NEW, do_sample=False)
+        written = [step.text for step in steps]
+        assert written == text[: next(i for i, part in enumerate(text) if stop in part) + 1]
+    with pytest.raises(ConfigError, match="expected a tokenizer"):
+        list(model.stream(ids, stop_strings=["a"], max_new_tokens=2))
+
+
 def test_what_it_cannot_do_is_refused(tmp_path):
     model = mixed("llama", tmp_path)
     options = {"max_new_tokens": 4, "do_sample": False, "custom_generate": xloom.speculative()}

@@ -15,7 +15,6 @@ from torch import Tensor
 from xloom.cli.common import BASE_COLOUR, PALETTE, encode, load, parse_router, write_result
 from xloom.errors import XLoomError
 from xloom.model import XLoraForCausalLM
-from xloom.trace import ScalingsLog
 from xloom.training.base import pad_id
 
 BASE_LABEL = "base"
@@ -49,6 +48,12 @@ class Written:
     weights: list[list[float]] = field(default_factory=list)
     text: str = ""
 
+    def add(self, token_id: int, piece: str, weights: list[float]) -> None:
+        self.token_ids.append(token_id)
+        self.pieces.append(piece)
+        self.weights.append(weights)
+        self.text += piece
+
     def shares(self) -> dict[str, float]:
         """Mean weight of every expert over the generated tokens; what is left of 1 is the base's."""
         count = max(len(self.weights), 1)
@@ -78,50 +83,24 @@ def colour(name: str, experts: Sequence[str]) -> str:
     return BASE_COLOUR if name == BASE_LABEL else PALETTE[list(experts).index(name) % len(PALETTE)]
 
 
-class ColouredStreamer:
-    """A transformers streamer: prints each token as it comes, in the colour of the expert that led to it.
+def write_one(model: XLoraForCausalLM, tokenizer: Any, ids: Tensor, sampling: Sampling, console: Console) -> Written:
+    """Generates one answer and prints it while it comes, each token in the colour of the expert that led to it.
 
     A token's weights are those at the position that predicted it, averaged over the sites.
     """
-
-    def __init__(self, tokenizer: Any, log: ScalingsLog, written: Written, console: Console) -> None:
-        self.tokenizer, self.log, self.written, self.console = tokenizer, log, written, console
-        self._prompt_seen = False
-        self._shown = ""
-
-    def put(self, value: Tensor) -> None:
-        if not self._prompt_seen:
-            self._prompt_seen = True
-            return
-        written = self.written
-        written.token_ids.extend(value.flatten().tolist())
-        weights = self.log.entries[-1][0, -1].mean(dim=0).tolist()
-        text = self.tokenizer.decode(written.token_ids, skip_special_tokens=True)
-        whole = text if not text.endswith("\ufffd") else self._shown  # wait for the rest of a character
-        piece = whole[len(self._shown) :]
-        written.pieces.append(piece)
-        written.weights.append(weights)
-        written.text = self._shown = whole
-        style = colour(leader(weights, written.experts), written.experts)
-        self.console.print(Text(piece, style=style), end="", soft_wrap=True)
-
-    def end(self) -> None:
-        self.console.print()
-
-
-def write_one(model: XLoraForCausalLM, tokenizer: Any, ids: Tensor, sampling: Sampling, console: Console) -> Written:
-    """Generates one answer, printing it while it comes."""
     written = Written(model.experts)
     torch.manual_seed(sampling.seed)
     options = sampling.options()
     window = getattr(model.config.base_text_config, "max_position_embeddings", None)
     if window is not None:
         options["max_new_tokens"] = min(options["max_new_tokens"], window - ids.shape[1])
-    with model.logging_scalings() as log:
-        streamer = ColouredStreamer(tokenizer, log, written, console)
-        model.generate(
-            ids, attention_mask=torch.ones_like(ids), streamer=streamer, pad_token_id=pad_id(tokenizer), **options
-        )
+    options |= {"attention_mask": torch.ones_like(ids), "pad_token_id": pad_id(tokenizer)}
+    for step in model.stream(ids, tokenizer, speculative=True, **options):
+        weights = step.scalings.mean(dim=0).tolist()
+        written.add(step.token_id, step.text, weights)
+        style = colour(leader(weights, written.experts), written.experts)
+        console.print(Text(step.text, style=style), end="", soft_wrap=True)
+    console.print()
     return written
 
 

@@ -3,7 +3,7 @@
 model.generate(ids, custom_generate=xloom.speculative(), max_new_tokens=200)
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, final
 
@@ -86,7 +86,7 @@ def decode(
     settings: GenerationConfig,
     inputs: dict[str, Any],
     how: Speculative | None,
-) -> Iterator[Written]:
+) -> Generator[Written]:
     """Tokens after `input_ids` [1, T], until `stop` says so.
 
     Args:

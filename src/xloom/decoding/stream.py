@@ -1,12 +1,14 @@
 """`steps`: text as it is written, each token with its probability and the mixing that wrote it."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from xloom.decoding.speculation import Speculative, decode
+from xloom.errors import ConfigError
 from xloom.passes import TwoPassModel
 
 
@@ -66,11 +68,21 @@ def steps(
         prepared.update(given, input_ids=input_ids)
         return input_ids
 
+    ends = options.pop("stop_strings", None) or []  # generate hands its tokenizer to no custom decoding
+    ends = [ends] if isinstance(ends, str) else list(ends)
+    if ends and tokenizer is None:
+        raise ConfigError(f"stop_strings={ends!r}: expected a tokenizer to find them with, found none")
     generate: Any = model.generate  # it prepares prompts, processors, criteria and the cache as it always does
     generate(input_ids, custom_generate=prepare, **options)
     detokenizer = Detokenizer(tokenizer)
     ids, process = prepared.pop("input_ids"), prepared.pop("logits_processor")
     stop, settings = prepared.pop("stopping_criteria"), prepared.pop("generation_config")
-    for one in decode(model, ids, process, stop, settings, prepared, how):
-        logprob = float(torch.log_softmax(one.logits_V.float(), dim=-1)[one.token])
-        yield Step(one.token, detokenizer.add(one.token), logprob, one.scalings_SN, one.from_draft)
+    text, longest = "", max((len(end) for end in ends), default=0)
+    with closing(decode(model, ids, process, stop, settings, prepared, how)) as written:
+        for one in written:
+            logprob = float(torch.log_softmax(one.logits_V.float(), dim=-1)[one.token])
+            step = Step(one.token, detokenizer.add(one.token), logprob, one.scalings_SN, one.from_draft)
+            yield step
+            text = text[-longest:] + step.text if longest else ""
+            if any(end in text for end in ends):
+                return
