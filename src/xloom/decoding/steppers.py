@@ -21,6 +21,7 @@ from transformers import Cache
 from xloom import architecture
 from xloom.cache import CacheViews, views
 from xloom.decoding import working
+from xloom.decoding.attention import grouped
 from xloom.passes import TwoPassModel
 from xloom.routers import HiddenStateRouter
 
@@ -132,14 +133,15 @@ class Joint(Stepper):
         ids = torch.tensor([[*window, *window[exact:]]], device=device)
         scalings = torch.cat([used_WSN, used_WSN[exact:]])
         split = CacheViews(self._slots.cache, self._slots.cache, self._pools)
-        out = self.model.joint_pass(
-            scalings,
-            scaling,
-            split,
-            input_ids=ids,
-            position_ids=(positions - self._padding)[None],
-            attention_mask=self._masks(positions, passes),
-        )
+        with grouped(self.model.base):
+            out = self.model.joint_pass(
+                scalings,
+                scaling,
+                split,
+                input_ids=ids,
+                position_ids=(positions - self._padding)[None],
+                attention_mask=self._masks(positions, passes),
+            )
         self._slots.added(positions, passes)
         return out
 
