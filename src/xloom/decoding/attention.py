@@ -26,7 +26,7 @@ def grouped_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers' `sdpa_attention_forward` in evaluation: [B, Q, H, D] of query [B, H, Q, D], key [B, H/G, K, D]."""
+    """[B, Q, H, D] of query [B, H, Q, D] and key [B, H/G, K, D], as transformers' `sdpa_attention_forward`."""
     batch, heads, queries, size = query.shape
     groups = heads // key.shape[1]
     rows = query.reshape(batch, key.shape[1], groups * queries, size)
