@@ -8,6 +8,12 @@ EXPERTS = ("chem", "mech", "prot")
 SITES = tuple(
     f"model.layers.{layer}.{module}" for layer in range(3) for module in ("self_attn.q_proj", "mlp.down_proj")
 )
+ABOUT = About(SITES, EXPERTS, metadata={"domain": "a"})
+
+
+def placed_scalings(count: int, start: int = 0) -> torch.Tensor:
+    """Row t holds (start + t) mod 1000, which float16 holds exactly."""
+    return (torch.arange(start, start + count) % 1000)[:, None, None].expand(-1, len(SITES), len(EXPERTS)).float()
 
 
 def random_tokens(count: int, seed: int = 0, answer: int = 0) -> Tokens:

@@ -13,6 +13,7 @@ _HOMES = {
     "Expert": "xloom.experts",
     "ScalingHead": "xloom.gating",
     "ScalingsLog": "xloom.trace",
+    "Trace": "xloom.trace",
     "XLoraForCausalLM": "xloom.model",
     "XLoraForSequenceClassification": "xloom.classification",
     "errors": "xloom.errors",
@@ -21,8 +22,8 @@ _HOMES = {
 }
 
 __all__ = [
-    "Expert", "ScalingHead", "ScalingsLog", "XLoraConfig", "XLoraForCausalLM", "XLoraForSequenceClassification",
-    "errors", "routers", "speculative",
+    "Expert", "ScalingHead", "ScalingsLog", "Trace", "XLoraConfig", "XLoraForCausalLM",
+    "XLoraForSequenceClassification", "errors", "routers", "speculative",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from xloom.experts import Expert
     from xloom.gating import ScalingHead
     from xloom.model import XLoraForCausalLM
-    from xloom.trace import ScalingsLog
+    from xloom.trace import ScalingsLog, Trace
 
 
 def __getattr__(name: str) -> Any:
