@@ -8,7 +8,7 @@
 Of each row, the loss of the given answer; and whether the model's own greedy answer would change, which it does where
 a token of it is no longer the likeliest. One forward per row and variant tells both; what the head reads is computed
 once for all of them. Knows nothing of traces' files.
-Letters: B batch  K kept positions at the end  Q variants  R rows  V vocabulary
+Letters: B batch  K kept positions at the end  Q variants  R rows  V vocabulary  X texts
 """
 
 from collections.abc import Iterator, Sequence
@@ -137,21 +137,23 @@ def worth(
     room = room_after(model, max(example.completion_start for example in given), max_new_tokens)
     writer = _Greedy(model, tokenizer, room, batch_tokens)
     written = writer.answers(given, variants[0])
-    losses_QR = torch.zeros(len(variants), len(rows), dtype=torch.float64)
-    changed_QR = torch.zeros(len(variants), len(rows), dtype=torch.bool)
-    for q, places, logits_BKV, labels_BK in _forwards(model, given, variants, batch_tokens):
-        tokens_B = (labels_BK != IGNORED).sum(dim=1)
-        losses_QR[q, places] = (token_losses(logits_BKV, labels_BK).double().sum(dim=1) / tokens_B).cpu()
-    for q, places, logits_BKV, labels_BK in _forwards(model, written, variants, batch_tokens):
-        same_BK = (logits_BKV[:, :-1].argmax(dim=-1) == labels_BK[:, 1:]) | (labels_BK[:, 1:] == IGNORED)
+    texts = list(dict.fromkeys([*given, *written]))  # a right answer that the model gives is read once
+    losses_QX = torch.zeros(len(variants), len(texts), dtype=torch.float64)
+    changed_QX = torch.zeros(len(variants), len(texts), dtype=torch.bool)
+    for q, places, logits_BKV, labels_BK in _forwards(model, texts, variants, batch_tokens):
+        is_answer_BK = labels_BK[:, 1:] != IGNORED
+        losses_QX[q, places] = (token_losses(logits_BKV, labels_BK).double().sum(1) / is_answer_BK.sum(1)).cpu()
+        same_BK = logits_BKV[:, :-1].argmax(dim=-1) == labels_BK[:, 1:]
         if q == 0:  # where two tokens are nearly as likely, reading may see another one than writing did
             sure_BK = same_BK
-        changed_QR[q, places] = (sure_BK & ~same_BK).any(dim=1).cpu()
+        changed_QX[q, places] = (sure_BK & ~same_BK & is_answer_BK).any(dim=1).cpu()
+    losses_QR = losses_QX[:, [texts.index(example) for example in given]]
+    changed_QR = changed_QX[:, [texts.index(example) for example in written]]
     changed: dict[tuple[Variant, int], str] = {}
     for q, variant in enumerate(variants if write_changed else ()):
-        places = changed_QR[q].nonzero()[:, 0].tolist()
-        texts = writer.texts(writer.answers([given[i] for i in places], variant))
-        changed |= {(variant, i): text for i, text in zip(places, texts, strict=True)}
+        odd = changed_QR[q].nonzero()[:, 0].tolist()
+        others = writer.texts(writer.answers([given[i] for i in odd], variant))
+        changed |= {(variant, i): text for i, text in zip(odd, others, strict=True)}
     where = tuple(row.where for row in rows)
     return Worth(variants, where, losses_QR, changed_QR, tuple(writer.texts(written)), changed)
 
