@@ -15,7 +15,7 @@ from tiny import make_expert, prompt, tiny_base
 from xloom import XLoraForCausalLM, mixture, routers
 from xloom.errors import ConfigError, NoMatchingSiteError, ScalingsShapeError
 from xloom.experts import Expert, LowRank
-from xloom.fused import frozen_mix
+from xloom.fused import frozen_mix, narrow_mix, spread_over_ranks
 from xloom.mixture import Mixture, Router, Site, dora_gain
 from xloom.modules import dense_weight
 
@@ -596,3 +596,54 @@ def test_when_a_site_is_fused(llama, expert_paths, monkeypatch):
     model.unload()
     model = XLoraForCausalLM.from_experts(llama, expert_paths, use_trainable_adapters=True)
     assert fused() == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(1, 9),
+    ranks=st.lists(st.integers(1, 3), min_size=1, max_size=6),
+    same=st.booleans(),
+    most=st.integers(1, 3) | st.none(),
+    seed=st.integers(0, 2**16),
+)
+def test_spread_over_ranks_at_once_is_site_by_site(tokens, ranks, same, most, seed):
+    torch.manual_seed(seed)
+    o = {"dtype": F64}
+    ranks = [ranks[0]] * len(ranks) if same else ranks
+    sites, experts, R = 3, len(ranks), sum(ranks)
+    scalings = torch.rand(tokens, sites, experts, **o)
+    if most is not None:
+        scalings *= torch.rand(scalings.shape, **o).argsort(-1) < most
+    spread = torch.zeros(experts, R, **o)
+    starts = [sum(ranks[:n]) for n in range(experts)]
+    for n, start in enumerate(starts):
+        spread[n, start : start + ranks[n]] = n + 0.5
+    W, A, B = (torch.randn(*shape, **o) for shape in ((4, 6), (R, 6), (4, R)))
+    x = torch.randn(1, tokens, 6, **o)
+    found = spread_over_ranks(scalings, spread, ranks, most)
+    few = same and most is not None and 2 * tokens * most <= experts
+    for s, weights in enumerate(found):
+        assert (weights.rows_R is not None) == few
+        assert not few or len(weights.rows_R) == tokens * most * ranks[0], "no more is read than the tokens can need"
+        expected = frozen_mix(x, scalings[None, :, s], W, None, A, B, spread)
+        torch.testing.assert_close(narrow_mix(x, weights, W, None, A, B), expected)
+
+
+@pytest.mark.parametrize("top_k", [None, 1])
+@pytest.mark.parametrize("targets", [("all-linear", "all-linear"), ("all-linear", ["q_proj"])])
+def test_a_model_without_gradients_is_the_same_as_with(llama, tmp_path, top_k, targets, monkeypatch):
+    """With gradients every site spreads its own scalings; without, all at once, where they have the same experts."""
+    paths = {
+        f"e{n}": make_expert(llama, tmp_path / f"{n}", n, r=2, target_modules=where) for n, where in enumerate(targets)
+    }
+    options = {"layerwise_scalings": True, "top_k_lora": top_k, "global_scaling_weight": 0.7}
+    model = XLoraForCausalLM.from_experts(llama, paths, **options)
+    calls = []
+    monkeypatch.setattr(mixture, "narrow_mix", lambda *args: (calls.append(1), narrow_mix(*args))[1])
+    ids = torch.arange(5)[None]
+    expected = model(ids).logits.detach()
+    assert not calls
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model(ids[:, :1]).logits, expected[:, :1], rtol=1e-5, atol=1e-5)
+    assert len(calls) == (2 * len(model.sites) if targets[0] == targets[1] else 0)

@@ -3,11 +3,14 @@
     y = W x + b + B ((A x) * (s @ spread))
 
 One output instead of three: the experts' part is added into the base's own product, forward and backward. Of the
-tokens, backward keeps A x, the narrowest there is, and s. Knows nothing of routers; `Site.delta` is the reference.
-Letters: M tokens, flattened  I in-features  O out-features  N experts  R sum of the experts' ranks
+tokens, backward keeps A x, the narrowest there is, and s. Where no gradient is wanted and the scalings of all sites are
+known, `spread_over_ranks` does their products with `spread` at once and leaves out experts that no token uses.
+Knows nothing of routers; `Site.delta` is the reference.
+Letters: M tokens, flattened  I in-features  O out-features  S sites  N experts  R sum of the experts' ranks
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +26,44 @@ def frozen_mix(
         y: Tensor = _FrozenMix.apply(x, scalings, W_OI, b_O, A_RI, B_OR, spread_NR)  # type: ignore[no-untyped-call]
         return y
     return _mixed(x, scalings, W_OI, b_O, A_RI, B_OR, spread_NR)[0]
+
+
+class RankWeights(NamedTuple):
+    """Weights [M, R] of one site's ranks; with `rows`, of these ranks alone, the others have none."""
+
+    weights_MR: Tensor
+    rows_R: Tensor | None
+
+
+def spread_over_ranks(
+    scalings_MSN: Tensor, spread_NR: Tensor, ranks: Sequence[int], most: int | None
+) -> list[RankWeights]:
+    """For every site, what its ranks are multiplied with.
+
+    Args:
+        spread_NR: the same at all sites.
+        ranks: of the experts.
+        most: experts of a token that may have a scaling other than 0; None: all. It spares the device an answer.
+    """
+    weights_MSR = scalings_MSN.to(spread_NR.dtype) @ spread_NR
+    experts, rank = len(ranks), ranks[0]
+    used = experts if most is None else len(scalings_MSN) * most
+    if 2 * used > experts or any(other != rank for other in ranks):
+        return [RankWeights(weights_MR, None) for weights_MR in weights_MSR.unbind(1)]
+    # Sites with fewer experts in use get some that have weight 0, so that all have as many.
+    chosen_SU = (scalings_MSN != 0).any(dim=0).byte().topk(used, dim=-1).indices
+    rows_SR = (chosen_SU[..., None] * rank + torch.arange(rank, device=chosen_SU.device)).flatten(1)
+    weights_MSR = weights_MSR.gather(2, rows_SR.expand(len(weights_MSR), -1, -1))
+    return [RankWeights(*pair) for pair in zip(weights_MSR.unbind(1), rows_SR.unbind(0), strict=True)]
+
+
+def narrow_mix(x: Tensor, of: RankWeights, W_OI: Tensor, b_O: Tensor | None, A_RI: Tensor, B_OR: Tensor) -> Tensor:
+    """What `frozen_mix` gives, without gradients."""
+    x_MI, B_RO = x.reshape(-1, x.shape[-1]), B_OR.t()
+    if of.rows_R is not None:
+        A_RI, B_RO = A_RI.index_select(0, of.rows_R), B_RO.index_select(0, of.rows_R)
+    y_MO = F.linear(x_MI, W_OI, b_O).addmm_(F.linear(x_MI, A_RI) * of.weights_MR, B_RO)
+    return y_MO.view(*x.shape[:-1], -1)
 
 
 def _mixed(

@@ -25,8 +25,10 @@ from xloom.errors import (
     names,
 )
 from xloom.experts import Expert, LowRank
-from xloom.fused import frozen_mix
+from xloom.fused import RankWeights, frozen_mix, narrow_mix, spread_over_ranks
 from xloom.modules import check_fit, dense_weight
+
+_FEW_TOKENS = 64  # with more of them, weights of all ranks at all sites would take more memory than time is saved
 
 
 class Router(ABC):
@@ -40,6 +42,10 @@ class Router(ABC):
             x: what enters the site: [*leading, I], with leading = B, T (or B*T where the base flattens its tokens);
                 token ids [B, T] at an embedding.
         """
+
+    def rank_weights(self, site: "Site") -> RankWeights | None:
+        """The same, spread over the ranks, where it was done for all sites at once; the site does it otherwise."""
+        return None
 
 
 class Site(nn.Module):
@@ -86,7 +92,8 @@ class Site(nn.Module):
         like_O = here[0].B_OR[:, 0]
 
         self._own("A_RI", torch.cat([e.A_RI for e in here], dim=0), trainable)
-        self._own("B_OR", torch.cat([e.B_OR for e in here], dim=1), trainable)
+        # A row of memory for each rank: one token then reads B half as long again as fast, and experts can be left out.
+        self._own("B_OR", torch.cat([e.B_OR.t() for e in here], dim=0).contiguous().t(), trainable)
         # Row n holds the scale of expert n at its own ranks: one product spreads scalings over ranks and scales them.
         spread = torch.zeros(len(experts), sum(self.ranks), dtype=torch.float64)
         for n, (start, stop) in enumerate(self._rank_spans()):
@@ -136,6 +143,9 @@ class Site(nn.Module):
         if scalings is not None and not args and not kwargs:
             parts = self._frozen_parts(x, scalings)
             if parts is not None:
+                weights = None if torch.is_grad_enabled() else self.mixture.rank_weights(self)
+                if weights is not None:
+                    return narrow_mix(x, weights, *parts[:-1])
                 return frozen_mix(x, scalings.to(x.dtype), *parts)
         y: Tensor = self.base(x, *args, **kwargs)
         return y if scalings is None else y + self.delta(x, scalings, y).to(y.dtype)
@@ -323,6 +333,19 @@ class Mixture:
         if self._record is not None:
             self._record[site.index] = scalings.detach()
         return scalings if self.global_weight == 1.0 else scalings * self.global_weight
+
+    def rank_weights(self, site: Site) -> RankWeights | None:
+        return None if self.router is None else self.router.rank_weights(site)
+
+    def spread_over_ranks(self, scalings_MSN: Tensor, most: int | None) -> list[RankWeights]:
+        """That of `fused` for few tokens and experts of the same ranks and scales everywhere; else nothing."""
+        first = self.sites[0]
+        if len(scalings_MSN) > _FEW_TOKENS or any(
+            site.ranks != first.ranks or site.scales != first.scales for site in self.sites
+        ):
+            return []
+        scalings_MSN = scalings_MSN if self.global_weight == 1.0 else scalings_MSN * self.global_weight
+        return spread_over_ranks(scalings_MSN, first.spread_NR, first.ranks, most)
 
     @contextmanager
     def routed_by(self, router: Router | None) -> Iterator[None]:

@@ -282,9 +282,10 @@ class TwoPassModel(PreTrainedModel):
             # experts on the language-model head have scalings of all tokens
             return given if self.adapts_lm_head else (given[0][:, mixed], *given[1:])
 
+        router = Precomputed(scalings_TSN[None], most=self.config.top_k_lora)
         hook = self.base.get_output_embeddings().register_forward_pre_hook(take)
         try:
-            with torch.no_grad(), self.mixture.routed_by(Precomputed(scalings_TSN[None])):
+            with torch.no_grad(), self.mixture.routed_by(router):
                 logits_TV = self.base(**inputs, past_key_values=split.mixed, use_cache=True, return_dict=True).logits[0]
         finally:
             hook.remove()
@@ -308,7 +309,8 @@ class TwoPassModel(PreTrainedModel):
         features_BTF, states = self.head.features(hidden_BTD, keep_BT, past)
         if split:
             split.append_pools(states)
-        return Precomputed(self._router.decide(self.head(features_BTF), self.config, self.experts))
+        scalings_BTSN = self._router.decide(self.head(features_BTF), self.config, self.experts)
+        return Precomputed(scalings_BTSN, most=self.config.top_k_lora)
 
     @contextmanager
     def _gated(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from xloom.errors import ScalingsShapeError, UnknownExpertError, names
+from xloom.fused import RankWeights
 from xloom.mixture import Router, Site
 
 
@@ -73,13 +74,19 @@ class Single(_SameEverywhere):
 
 @final
 class Precomputed(Router):
-    """Scalings [B, T, S, N] known beforehand: those of the head, or a replay."""
+    """Scalings [B, T, S, N] known beforehand: those of the head, or a replay.
 
-    def __init__(self, scalings_BTSN: Tensor) -> None:
+    Args:
+        most: at most so many experts of a token have a scaling other than 0 at a site, None: any number.
+    """
+
+    def __init__(self, scalings_BTSN: Tensor, *, most: int | None = None) -> None:
         if scalings_BTSN.ndim != 4:
             raise ScalingsShapeError(f"expected scalings [B, T, S, N], found shape {tuple(scalings_BTSN.shape)}")
         self.scalings_BTSN = scalings_BTSN
         self._by_site = scalings_BTSN.unbind(2)  # one stack in the backward pass, not a zero-filled tensor per site
+        self._most = most
+        self._rank_weights: list[RankWeights] | None = None
 
     def scalings(self, site: Site, x: Tensor) -> Tensor | None:
         if self.scalings_BTSN.shape[2] != len(site.mixture.sites):
@@ -87,6 +94,11 @@ class Precomputed(Router):
                 f"scalings for {self.scalings_BTSN.shape[2]} sites, the model has {len(site.mixture.sites)}"
             )
         return self._by_site[site.index]
+
+    def rank_weights(self, site: Site) -> RankWeights | None:
+        if self._rank_weights is None:
+            self._rank_weights = site.mixture.spread_over_ranks(self.scalings_BTSN.flatten(0, 1), self._most)
+        return self._rank_weights[site.index] if self._rank_weights else None
 
 
 class _ByRow(Router):
