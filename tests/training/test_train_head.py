@@ -406,6 +406,23 @@ def test_a_start_from_labels_routes_before_the_first_step(project: Path, experts
     assert found["labels"] == 1.0
 
 
+def test_a_start_from_labels_may_see_more_rows_than_the_steps(
+    project: Path, experts: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(
+        head_trainer,
+        "fit_to_labels",
+        lambda model, batches, *rest: seen.append(len({e.input_ids for b in batches for e in b})),
+    )
+    few = {"max_steps": 2, "batch_size": 2, "init": "labels", "output": str(project / "few")}
+    train_head(head_recipe(project, experts, **few), progress=False)
+    train_head(
+        head_recipe(project, experts, **few | {"label_steps": 6, "output": str(project / "more")}), progress=False
+    )
+    assert seen[0] <= 4 < seen[1] <= 12
+
+
 def test_rows_can_be_the_bases_own(project: Path, experts: dict[str, str]) -> None:
     """Domain `down` has an expert here, but is said to be the base's."""
     folder = train_head(

@@ -86,13 +86,13 @@ class HeadTrainer(CompletionTrainer):
     def plan(self, train: Sequence[Example], settings: Settings) -> list[int]:
         groups = [self.domains.index(e.domain or "") for e in train]
         weights = {self.domains.index(name): domain.weight for name, domain in self.recipe.data.items()}
-        batches = settings.max_steps * settings.gradient_accumulation_steps
+        batches = (self.recipe.label_steps or settings.max_steps) * settings.gradient_accumulation_steps
         lengths, size = [len(e.input_ids) for e in train], self.recipe.batch_size
         return plan_batches(lengths, size, batches, settings.seed, groups=groups, weights=weights, pool=_POOL)
 
     @property
     def seen(self) -> list[Example]:
-        """The rows of the whole run, each once."""
+        """The rows of the whole run, each once, those of the start from labels included."""
         return [self.rows[i] for i in dict.fromkeys(self.train_dataset.order)]
 
     # --- before the first step ---

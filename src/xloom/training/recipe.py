@@ -152,6 +152,8 @@ class HeadRecipe(Recipe):
         init: "zero" starts from equal scalings, "random" as torch makes a Linear, "arrow" from a least-squares fit to
             what Arrow routing (arXiv 2405.11157) does on some of the rows, "labels" from training on the routing term
             alone, which takes seconds because it needs no pass with experts.
+        label_steps: with init "labels": the rows that so many steps would draw take part in that start; by default
+            those of `max_steps`. More rows cost little there.
         routing_weight: of the cross-entropy between a row's mean share and its right expert.
         soft_labels: what rows without a right expert are held against: each expert's own likelihood of the whole
             completion ("row") or of each of its tokens ("token"); "off" leaves them to the next-token loss.
@@ -173,6 +175,7 @@ class HeadRecipe(Recipe):
     valid_rows: Count = 200
     head: dict[str, Any] = {}
     init: Literal["zero", "random", "arrow", "labels"] = "zero"
+    label_steps: Annotated[int, Field(gt=0)] | None = None
     learning_rate: Annotated[float, Field(gt=0)] = 5e-3
     routing_weight: Weight = 1.0
     soft_labels: Annotated[Literal["row", "token", "off"], BeforeValidator(off)] = "row"
@@ -276,6 +279,10 @@ class HeadRecipe(Recipe):
             self.refuse("include_experts", "true where experts are trained or cut", "false")
         if self.drop_sites_below_gate and config.gate_at_layer is None:
             self.refuse("drop_sites_below_gate", "head.gate_at_layer beside it", "none")
+        if self.label_steps is not None and (self.init != "labels" or self.label_steps < self.max_steps):
+            self.refuse(
+                "label_steps", f"init: labels beside it, and max_steps={self.max_steps} or more", self.label_steps
+            )
         for key in ("start_temperature", "init") if not config.enable_softmax else ():
             if getattr(self, key) not in (None, "zero", "random"):
                 self.refuse(key, "a head with enable_softmax", "enable_softmax: false")
