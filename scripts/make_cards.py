@@ -38,7 +38,7 @@ def expert_card(name: str, folder: Path, scores: dict[Any, Any]) -> str:
     data = json.loads((rows_of(name).test.parent / "card.json").read_text())
     recipe, rows = run["recipe"], data["rows"]
     lora = recipe["lora"]
-    packages = ", ".join(f"{p['name']} {p['version']} ({p['licence']})" for p in data["packages"]) or "computed"
+    packages = ", ".join(f"{p['name']} {p['version']} ({p['licence']})" for p in data["packages"]) or "a pulling model, computed"
     lines = [
         HEADER.format(library="peft", tags="lora, xloom", name=name, about=data["about"]),
         f"A LoRA adapter of SmolLM2-135M-Instruct, one of the seven of xloom's suite. Again: `xloom train-expert "
@@ -77,8 +77,9 @@ def model_card(name: str, folder: Path, scores: dict[Any, Any]) -> str:
             name=name,
             about=f"X-LoRA over the seven experts of xloom's suite, in {passes}. The experts stay in `experts/`.",
         ),
-        f"Again: `xloom train recipes/suite/{name}.yaml`. Head: `{json.dumps(run['recipe']['head'])}`, {run['steps']} "
-        f"steps of {run['recipe']['batch_size']} rows, seed {run['recipe']['seed']}, on a CPU. The head is Apache-2.0.",
+        f"Again: `xloom train recipes/suite/{name}.yaml`. Head: `{json.dumps(run['recipe']['head'])}`, trained "
+        f"on labels alone (`init: labels`, the rows of {run['recipe']['label_steps']} batches of "
+        f"{run['recipe']['batch_size']}), seed {run['recipe']['seed']}, on a CPU. The head is Apache-2.0.",
         "",
         "Score on the test rows, greedy, with 95 % intervals:",
         "",
