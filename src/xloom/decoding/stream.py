@@ -10,6 +10,8 @@ from torch import Tensor
 from xloom.decoding.speculation import Speculative, decode
 from xloom.errors import ConfigError
 from xloom.passes import TwoPassModel
+from xloom.trace.html import step_html
+from xloom.trace.shares import BASE, leaders, shares
 
 
 class Step(NamedTuple):
@@ -20,6 +22,7 @@ class Step(NamedTuple):
         logprob: natural logarithm of the model's own probability of it, before temperature and the like.
         scalings: [S, N] the experts' weights with which it was written.
         from_draft: whether it had been drafted.
+        experts: names of the N experts.
     """
 
     token_id: int
@@ -27,6 +30,24 @@ class Step(NamedTuple):
     logprob: float
     scalings: Tensor
     from_draft: bool
+    experts: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        share_C = shares(self.scalings).mean(dim=0)
+        leader = int(leaders(share_C))
+        led = f"{self._names[leader]} leads with {share_C[leader]:.0%}"
+        sizes = " x ".join(map(str, self.scalings.shape))
+        draft = ", from a draft" if self.from_draft else ""
+        return f"Step({self.text!r}, id {self.token_id}, logprob {self.logprob:.3f}, {sizes} scalings: {led}{draft})"
+
+    def _repr_html_(self) -> str:
+        return step_html(self.text, self.token_id, self.logprob, self.scalings, self.from_draft, self._names[:-1])
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        """Of the experts, numbered where they are not known, and of the base."""
+        count = self.scalings.shape[-1]
+        return (*(self.experts or (f"expert {n}" for n in range(count))), BASE)
 
 
 class Detokenizer:
@@ -81,7 +102,8 @@ def steps(
     with closing(decode(model, ids, process, stop, settings, prepared, how)) as written:
         for one in written:
             logprob = float(torch.log_softmax(one.logits_V.float(), dim=-1)[one.token])
-            step = Step(one.token, detokenizer.add(one.token), logprob, one.scalings_SN, one.from_draft)
+            piece = detokenizer.add(one.token)
+            step = Step(one.token, piece, logprob, one.scalings_SN, one.from_draft, model.experts)
             yield step
             text = text[-longest:] + step.text if longest else ""
             if any(end in text for end in ends):

@@ -24,14 +24,14 @@ from xloom.seeing.segments import Segment, curve, trajectory
 from xloom.seeing.statistics import leaders
 from xloom.seeing.summary import ALL, BASE, Summary, Table
 from xloom.trace import Trace
+from xloom.trace.html import COLOURS as COLOURS
+from xloom.trace.html import GREY as GREY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 FORMATS = (".png", ".svg", ".pdf")
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
-GREY = "#9A9A9A"
 _HATCHES = ("", "///", "...", "xxx")
 _STYLE: Mapping[str, Any] = {
     "font.size": 8,

@@ -1,12 +1,4 @@
-"""What scalings say, as pure functions of tensors.
-
-Scalings need not sum to 1: a null expert, top-k or a head without softmax leave less or more, and a head without
-softmax may give negative weights. All statistics but `weight` are of *shares*, which always do:
-
-    share_n = |s_n| / max(1, sum |s|)       what is missing to 1 is the base's share, the last column
-
-So a null expert's weight, and what top-k has cut off, is the base's; a sum above 1 counts as 1; and an expert with a
-negative weight acts as strongly as with a positive one. Scalings of a plain softmax are their own shares.
+"""What scalings say, as pure functions of tensors. All but `weight` are of shares: see `xloom.trace.shares`.
 
 Knows nothing of traces or names. Letters: T tokens  S sites  N experts  C columns: the experts, then the base  G groups
 """
@@ -17,32 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from xloom.trace.shares import ROUNDING, leaders, shares
 from xloom.training.objective import entropy
 
 __all__ = [
-    "Means", "co_use", "dominance", "effective_number", "entropy", "leaders", "lift", "mean_by_group", "means",
-    "shares", "together",
+    "ROUNDING", "Means", "co_use", "dominance", "effective_number", "entropy", "leaders", "lift", "mean_by_group",
+    "means", "shares", "together",
 ]  # fmt: skip
-
-ROUNDING = 2.0**-10  # what float16 may take from a sum of 1
-
-
-def shares(scalings: Tensor) -> Tensor:
-    """Shares [..., C] of scalings [..., N], in float64: of every expert, then of the base. They sum to 1.
-
-    What float16 may have rounded away is not the base's.
-    """
-    weights = scalings.double().abs()
-    total = weights.sum(dim=-1, keepdim=True)
-    left = 1 - total
-    left = torch.where(left < ROUNDING, 0.0, left)
-    whole = torch.cat([weights, left], dim=-1)
-    return whole / whole.sum(dim=-1, keepdim=True)
-
-
-def leaders(shares: Tensor) -> Tensor:
-    """The column with the largest share [...] of shares [..., C]; of equal ones the first, so the base comes last."""
-    return shares.argmax(dim=-1)
 
 
 def dominance(shares: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from xloom.seeing import statistics
 from xloom.seeing.sites import Groups, by_kind, by_layer, by_site
 from xloom.seeing.statistics import Means
 from xloom.trace import Trace
+from xloom.trace.shares import BASE as BASE
 
-BASE = "base"  # the last column
 ALL, PROMPT, ANSWER, SPECIAL = "all", "prompt", "answer", "special"
 By = Literal["layer", "kind", "site"]
 Classes = Callable[[Trace], Sequence[str | None]]
@@ -65,7 +65,7 @@ class Summary:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The experts, and "base" for what is left of 1 (see `xloom.seeing.statistics`)."""
+        """The experts, and "base" for what is left of 1 (see `xloom.trace.shares`)."""
         return (*self.experts, BASE)
 
     def tokens(self, of: str = ALL) -> int:

@@ -6,7 +6,7 @@ Letters: T tokens  V vocabulary  S sites  N experts
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from xloom.cache import new_cache
-from xloom.decoding.stream import Detokenizer
+from xloom.decoding.stream import Detokenizer, Step
 from xloom.errors import PromptError
 from xloom.model import XLoraForCausalLM
 from xloom.routers import Router
@@ -37,6 +37,7 @@ def trace_text(
     max_new_tokens: int = MAX_NEW_TOKENS,
     folder: Path | str | None = None,
     metadata: Mapping[str, Any] | None = None,
+    on_step: Callable[[Step], None] | None = None,
     **options: Any,
 ) -> Trace:
     """The trace of a prompt and of what the model writes after it.
@@ -45,6 +46,7 @@ def trace_text(
         prompt: plain text as it stands, or messages for the chat template.
         folder: new or empty; the trace is written there while it is made, and not held in memory.
         metadata: anything that JSON knows, e.g. {"domain": "quantum"}.
+        on_step: is called with what `model.stream` gives, as soon as it is written.
         options: as `model.stream` takes them (`do_sample`, `temperature`, `speculative`, ...); greedy by default.
 
     Raises:
@@ -59,7 +61,7 @@ def trace_text(
     with _Sink(about(model, metadata), folder) as sink:
         reader = Reader(model, tokenizer, sink)
         reader.read(piece)
-        reader.write(turn, role, max_new_tokens, options)
+        reader.write(turn, role, max_new_tokens, options, on_step)
     return sink.trace()
 
 
@@ -177,7 +179,14 @@ class Reader:
             new = slice(start + 1 - before, stop + 1 - before)
             self._add(ids[1:].tolist(), logprobs, out.scalings[0], answers[new], piece.turns[new], piece.roles[new])
 
-    def write(self, turn: int, role: str, max_new_tokens: int, options: Mapping[str, Any]) -> list[int]:
+    def write(
+        self,
+        turn: int,
+        role: str,
+        max_new_tokens: int,
+        options: Mapping[str, Any],
+        on_step: Callable[[Step], None] | None = None,
+    ) -> list[int]:
         """Goes on with what the model writes, and returns its tokens.
 
         Raises:
@@ -188,9 +197,11 @@ class Reader:
         ids = torch.tensor([self._ids], device=model.device)
         given: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "pad_token_id": pad_id(self._tokenizer)}
         given |= options if options.get("do_sample") else {**_GREEDY, **options}
-        for step in model.stream(ids, past_key_values=self._cache, max_new_tokens=room, **given):
+        for step in model.stream(ids, self._tokenizer, past_key_values=self._cache, max_new_tokens=room, **given):
             self._ids.append(step.token_id)
             self._add([step.token_id], [step.logprob], step.scalings[None], [True], [turn], [role])
+            if on_step is not None:
+                on_step(step)
         return self._ids[start:]
 
     def _add(

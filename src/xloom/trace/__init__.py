@@ -6,13 +6,13 @@
 Knows nothing of models: `xloom.seeing` makes traces with them.
 """
 
-from xloom.trace.folder import TraceWriter
+from xloom.trace.folder import TraceWriter, check_new
 from xloom.trace.log import ScalingsLog
 from xloom.trace.tokens import ROLES, About, Tokens
 from xloom.trace.trace import Difference, Trace, Turn, compare, merge
 from xloom.trace.xlora_log import read_xlora_log, xlora_traces
 
 __all__ = [
-    "ROLES", "About", "Difference", "ScalingsLog", "Tokens", "Trace", "TraceWriter", "Turn", "compare", "merge",
-    "read_xlora_log", "xlora_traces",
+    "ROLES", "About", "Difference", "ScalingsLog", "Tokens", "Trace", "TraceWriter", "Turn", "check_new", "compare",
+    "merge", "read_xlora_log", "xlora_traces",
 ]  # fmt: skip

@@ -49,10 +49,9 @@ class TraceWriter:
             raise TraceError(f"part_tokens: expected at least 1, found {part_tokens}")
         self.folder, self.about = Path(folder), about
         header = about.as_json()
+        check_new(self.folder)
         with _writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            if found := sorted(path.name for path in self.folder.iterdir()):
-                raise TraceError(f"{self.folder}: expected a new or empty folder for a trace, found {names(found)}")
             write_json(self.folder / STARTED, {"format": FORMAT, "version": VERSION, **header})
         self._part_TSN = torch.empty(part_tokens, len(about.sites), len(about.experts), dtype=torch.float16)
         self._columns: list[Tokens] = []
@@ -127,6 +126,17 @@ class TraceWriter:
             os.replace(staged, path)
         self._parts.append(len(tokens))
         self._columns, self._held = [], 0
+
+
+def check_new(folder: Path | str) -> None:
+    """Raises TraceError unless a trace can be written there: the folder is not there yet, or empty."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise TraceError(f"{folder}: cannot be written: expected a new or empty folder for a trace, found a file")
+    with _writing(folder):
+        found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if found:
+        raise TraceError(f"{folder}: expected a new or empty folder for a trace, found {names(found)}")
 
 
 def read_folder(folder: Path | str, *, unfinished: bool = False) -> tuple[Tokens, Rows, About]:

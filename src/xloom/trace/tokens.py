@@ -81,6 +81,9 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __repr__(self) -> str:
+        return f"Tokens({len(self)}, {int(self.answer.sum())} of the answer: {start_of(''.join(self.texts))!r})"
+
     def __getitem__(self, place: slice) -> Self:
         return type(self)(**{one.name: getattr(self, one.name)[place] for one in fields(self)})
 
@@ -163,6 +166,11 @@ class About:
                 raise TraceError(f"field {name!r}: expected {kind.__name__}, found {type(value.get(name)).__name__}")
         known = {name: value[name] for name in kinds}
         return cls(**known | {"sites": _words(value, "sites"), "experts": _words(value, "experts")})
+
+
+def start_of(text: str) -> str:
+    """The first 40 characters."""
+    return text if len(text) <= 40 else f"{text[:39]}…"
 
 
 def _words(value: Mapping[str, Any], field_name: str) -> tuple[str, ...]:

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from xloom.errors import TraceError, TraceMismatchError, UnknownExpertError, names
 from xloom.trace.folder import PART_TOKENS, TraceWriter, read_folder
+from xloom.trace.html import trace_html
 from xloom.trace.rows import Held, Rows
-from xloom.trace.tokens import About, Tokens
+from xloom.trace.tokens import About, Tokens, start_of
 
 
 class Turn(NamedTuple):
@@ -59,9 +60,11 @@ class Trace:
         return len(self.tokens)
 
     def __repr__(self) -> str:
-        start = self.text if len(self.text) <= 40 else f"{self.text[:39]}…"
         sizes = f"{len(self)} tokens ({int(self.tokens.answer.sum())} of the answer), "
-        return f"Trace({start!r}, {sizes}{len(self.sites)} sites, {len(self.experts)} experts)"
+        return f"Trace({start_of(self.text)!r}, {sizes}{len(self.sites)} sites, {len(self.experts)} experts)"
+
+    def _repr_html_(self) -> str:
+        return trace_html(self)
 
     @property
     def sites(self) -> tuple[str, ...]:
