@@ -18,8 +18,8 @@ def test_rows(tmp_path):
     prompts = {"a": [prompt(1, 6), prompt(1, 4, seed=2)], "b": [prompt(1, 9, seed=3)]}
     report = bench_drafts(models, prompts, new_tokens=12)
     systems = [
-        "base", "base-lookup", "two-pass", "two-pass-lagged", "two-pass-speculative", "single-pass",
-        "single-pass-speculative",
+        "base", "base-lookup", "two-pass", "two-pass-lookup", "two-pass-lagged", "two-pass-speculative", "single-pass",
+        "single-pass-lookup", "single-pass-speculative",
     ]  # fmt: skip
     assert [(row.column, row.system) for row in report.rows] == [(c, s) for c in ("a", "b", ALL) for s in systems]
     for row in report.rows:
@@ -27,9 +27,9 @@ def test_rows(tmp_path):
         assert row.new_tokens == 12 * row.prompts
         assert row.ratio_low <= row.ratio_to_base <= row.ratio_high
         assert (row.system != "base") or row.ratio_to_base == 1.0
-        drafts = row.system.endswith(("lagged", "speculative"))
-        assert (row.tokens_per_forward is not None) == drafts
-        assert row.same_text == (row.prompts if drafts else None)
+        counted = row.system.endswith(("lagged", "speculative"))
+        assert (row.tokens_per_forward is not None) == counted
+        assert row.same_text == (row.prompts if counted or row.system.endswith("lookup") else None)
         if row.system == "two-pass-lagged":  # one draft at a time
             assert row.tokens_per_forward <= 1
     Console(width=160).print(report.table())
@@ -47,5 +47,5 @@ def test_until_the_end(tmp_path):
 def test_nothing_to_measure(tmp_path):
     with pytest.raises(ConfigError, match="one model and one prompt"):
         bench_drafts({}, {"a": [prompt(1, 4)]})
-    with pytest.raises(ConfigError, match="new_tokens must be at least 1"):
+    with pytest.raises(ConfigError, match="new_tokens must be at least 2"):
         bench_drafts({"m": mixed("llama", tmp_path)}, {"a": [prompt(1, 4)]}, new_tokens=0)

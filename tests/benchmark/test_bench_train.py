@@ -134,7 +134,7 @@ def test_memory_is_measured_apart():
 def order(parts, tmp_path: Path) -> Order:
     write_parts(parts, tmp_path)
     shape = (3, 32, 64)
-    return Order("peft", "random", shape, "float32", "cpu", str(tmp_path), parts.expert_folders, 1, 8, 2, threads=1)
+    return Order("train", "peft", "random", shape, "float32", "cpu", str(tmp_path), parts.expert_folders, 1, 8, 2)
 
 
 @pytest.mark.parametrize("name", SYSTEMS)

@@ -5,19 +5,22 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
-from tiny import tiny_base
+from test_architectures import mixed
+from tiny import prompt, tiny_base
 from xloom.benchmark import systems
 from xloom.benchmark.parts import Parts, make_parts, random_base
 from xloom.benchmark.run import bench_decode, bench_prefill
+from xloom.benchmark.systems import Decoded
 from xloom.benchmark.tables import Report, Row, check_target, write_report
 from xloom.benchmark.timing import in_turn, machine, ratios, spread
-from xloom.errors import ConfigError, NotFoundError
+from xloom.errors import BaseMismatchError, ConfigError, NotFoundError
 
 TINY = {"layers": 3, "hidden": 32, "vocab": 64, "experts": 2, "rank": 3}
 
@@ -33,7 +36,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def decoded() -> Report:
-    return bench_decode(prompt_tokens=5, new_tokens=(6, 12), rounds=2, peft_rounds=1, **TINY)
+    return bench_decode(prompt_tokens=5, new_tokens=(6, 12), rounds=2, peft_whole=6, **TINY)
 
 
 def parts(base, folder: Path) -> Parts:
@@ -47,7 +50,7 @@ def tiny_llama():
 def test_rows_of_decode(decoded: Report):
     assert decoded.what == "decode"
     assert [(r.system, r.new_tokens) for r in decoded.rows] == [
-        (name, length) for length in (6, 12) for name in ("base", "peft", "xloom", "xloom-early-gate")
+        (name, length) for length in (6, 12) for name in systems.NAMES
     ]
     for row in decoded.rows:
         for field in dataclasses.fields(Row):
@@ -55,14 +58,58 @@ def test_rows_of_decode(decoded: Report):
             if field.type is float:
                 assert isinstance(value, float)
                 assert 0 < value < math.inf
-        assert row.rounds == (1 if row.system == "peft" else 2)
-        assert row.ms == pytest.approx(row.ms_per_token * row.new_tokens)
+        assert row.rounds == 2
+        assert row.ms_per_token * (row.new_tokens - 1) < row.ms  # without the prompt
         assert row.ms_per_token_min <= row.ms_per_token_low <= row.ms_per_token <= row.ms_per_token_high
         assert row.ratio_low <= row.ratio_to_base <= row.ratio_high
         if row.system == "base":
             assert row.ratio_low == row.ratio_high == 1
-        assert (row.tokens_equal_to_peft is None) == (row.system != "xloom")
-    assert any("peft ran 1 of 2 rounds" in note for note in decoded.notes)
+        assert (row.times_faster_than_peft is None) == (row.system == "peft")
+        assert row.estimated == (row.system == "peft" and row.new_tokens == 12)
+        counted = row.system.endswith(("-lagged", "-speculative"))
+        assert (row.tokens_per_forward is not None) == counted
+        if row.system == "xloom-lagged":  # one draft at a time
+            assert row.tokens_per_forward <= 1
+
+
+def test_drafts_share_the_model_and_give_its_text(decoded: Report, tmp_path: Path):
+    same = {"xloom": "peft"}
+    same |= {name: plain for name, (plain, drafter) in systems.NAMES.items() if drafter}
+    for row in decoded.rows:
+        assert row.same_as == same.get(row.system)
+        if row.same_as is None:
+            assert row.tokens_equal is row.tokens_compared is None
+            continue
+        # PEFT wrote no more than 6
+        compared = 6 if row.same_as == "peft" else row.new_tokens
+        assert (row.tokens_equal, row.tokens_compared) == (2 * compared, 2 * compared)
+    built = systems.build_all(list(systems.NAMES), parts(tiny_llama(), tmp_path))
+    for name, (plain, _) in systems.NAMES.items():
+        assert built[name].model is built[plain].model
+
+
+def test_drafters_are_who_they_are_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What each hands to `generate`, and that its tally is the one that counts."""
+    built = systems.build_all(list(systems.NAMES), parts(tiny_llama(), tmp_path))
+    for name, system in built.items():
+        given, generate = {}, system.model.generate
+
+        def keep(given=given, generate=generate, **options):
+            given.update(options)
+            return generate(**options)
+
+        monkeypatch.setattr(system.model, "generate", keep)
+        tally = system.decode(torch.arange(4).repeat(4)[None], 9).tally
+        monkeypatch.undo()
+        assert given.get("prompt_lookup_num_tokens") == (systems.LOOKED_UP if name.endswith("-lookup") else None)
+        looked_up = {"lagged": 0, "speculative": systems.LOOKED_UP}.get(name.rpartition("-")[2])
+        if looked_up is None:
+            assert "custom_generate" not in given
+            assert tally is None
+        else:
+            assert given["custom_generate"].looked_up == looked_up
+            assert given["custom_generate"].tally is tally
+            assert tally.tokens == 8  # after the first
 
 
 def test_ratio_of_a_single_round():
@@ -70,13 +117,81 @@ def test_ratio_of_a_single_round():
     base, xloom = report.rows
     assert [base.system, xloom.system] == ["base", "xloom"]  # the base is always there to be measured against
     assert xloom.ratio_to_base == pytest.approx(xloom.ms_per_token / base.ms_per_token)
-    assert xloom.tokens_equal_to_peft is None  # nothing to compare with
+    assert xloom.same_as is None  # nothing to compare with
 
 
-def test_same_tokens_as_peft(decoded: Report):
-    for row in decoded.rows:
-        if row.system == "xloom":
-            assert (row.tokens_equal_to_peft, row.tokens_equal, row.tokens_compared) == (True,) + (row.new_tokens,) * 2
+def test_steps_of_a_sample_sum_to_the_whole(monkeypatch: pytest.MonkeyPatch):
+    """Where a step costs a polynomial of second degree in the text's length."""
+    cost, seen = lambda length: 0.3 + 0.01 * length + 2e-5 * length**2, []
+
+    def decode(self, ids, new_tokens):
+        assert new_tokens == 1
+        seen.append(ids)
+        return Decoded([7], cost(ids.shape[1]), 0.0, 0.0)
+
+    monkeypatch.setattr(systems.System, "decode", decode)
+    ids = torch.arange(10)[None]
+    found = systems.decode_sampled(systems.System("peft", torch.nn.Identity()), ids, 401)
+    every = [cost(10 + i) for i in range(401)]
+    assert found.seconds == pytest.approx(sum(every), rel=1e-3)
+    assert found.s_per_token == pytest.approx(sum(every[1:]) / 400, rel=1e-3)
+    assert (found.tokens, found.first_s) == ([], cost(10))
+    assert [text.shape[1] for text in seen] == [10, 110, 210, 310, 410]
+    assert seen[1][0].tolist() == [*range(10)] * 11
+
+
+def test_time_of_a_token_is_that_after_the_first(tmp_path: Path):
+    """Whatever the prompt took: it is slow here, and its time is in `first_s` and the whole alone."""
+    system = systems.build("xloom", parts(tiny_llama(), tmp_path))
+    slow = lambda module, args, kwargs: time.sleep(2.0 if kwargs["input_ids"].shape[1] > 1 else 0.0)
+    system.model.register_forward_pre_hook(slow, with_kwargs=True)
+    found = system.decode(torch.arange(5)[None], 4)
+    assert found.first_s >= 2
+    assert found.seconds >= found.first_s + 2.9 * found.s_per_token
+    assert found.s_per_token < found.first_s / 2
+
+
+def test_rounds_of_several_prompts():
+    """Every round has a prompt of its own, and texts are compared with those of the same prompt."""
+    prompts = [torch.tensor([[1, 2, 3]]), torch.tensor([[9, 8, 7, 6, 5]])]
+    names = ["xloom", "xloom-speculative"]
+    report = bench_decode(prompts=prompts, new_tokens=[5], systems=names, **TINY)
+    for row in report.rows:
+        assert (row.rounds, row.prompt_tokens) == (2, 4)
+    assert (report.rows[2].tokens_equal, report.rows[2].tokens_compared) == (10, 10)
+    assert (report.settings["rounds"], report.settings["prompts"]) == (2, 2)
+    with pytest.raises(ConfigError, match="at least one"):
+        bench_decode(prompts=[], new_tokens=[5], **TINY)
+
+
+def test_models_that_are_there(tmp_path: Path):
+    """Called by their names; PEFT has the first one's experts, and its text is its own."""
+    models = {
+        "two": mixed("llama", tmp_path / "two"),
+        "one": mixed("llama", tmp_path / "one", gate_at_layer=0, head_input="running_mean"),
+    }
+    report = bench_decode(models=models, prompts=[prompt(1, 6)], new_tokens=[5])
+    rows = {row.system: row for row in report.rows}
+    assert list(rows) == [
+        "base", "base-lookup", "two", "two-lookup", "two-lagged", "two-speculative", "one", "one-lookup",
+        "one-speculative", "peft",
+    ]  # fmt: skip
+    assert rows["two"].same_as is rows["peft"].same_as is None
+    assert rows["two-lagged"].tokens_equal == rows["one-lookup"].tokens_equal == 5
+    assert any("its text is another" in note for note in report.notes)
+    with pytest.raises(ConfigError, match="'xloom'.*two-lagged"):
+        bench_decode(models=models, prompts=[prompt(1, 6)], new_tokens=[5], systems=["xloom"])
+
+
+def test_first_experts_of_parts(tmp_path: Path):
+    """The head's rows for each site and expert are those of the experts that stay."""
+    made = make_parts(tiny_llama(), tmp_path, experts=3, rank=2)
+    two = made.first(2)
+    assert list(two.expert_folders) == ["expert0", "expert1"]
+    for whole, cut in ((made.head_weight, two.head_weight), (made.head_bias, two.head_bias)):
+        assert torch.equal(whole.unflatten(0, (21, 3))[:, :2].flatten(0, 1), cut)
+    with pytest.raises(BaseMismatchError, match="called nothing"):
+        make_parts(tiny_llama(), tmp_path / "x", experts=1, rank=2, targets=["nothing"])
 
 
 def test_the_comparison_can_fail(tmp_path: Path):
@@ -84,22 +199,12 @@ def test_the_comparison_can_fail(tmp_path: Path):
     made = parts(tiny_llama(), tmp_path)
     ids = torch.arange(5)[None]
     other = dataclasses.replace(made, head_weight=made.head_weight.flip(0))
-    said = {name: systems.build(name, made).decode(ids, 12) for name in ("base", "xloom", "peft")}
-    assert torch.equal(said["xloom"], said["peft"])
-    assert not torch.equal(said["xloom"], said["base"])
-    assert len(said["xloom"].unique()) > 4
+    said = {name: systems.build(name, made).decode(ids, 12).tokens for name in ("base", "xloom", "peft")}
+    assert said["xloom"] == said["peft"]
+    assert said["xloom"] != said["base"]
+    assert len(set(said["xloom"])) > 4
     logits = [systems.build("xloom", p).model(ids).logits for p in (made, other)]
     assert (logits[0] - logits[1]).abs().max() > 1e-3
-
-
-def test_peft_is_left_out_of_long_decodes():
-    report = bench_decode(
-        prompt_tokens=4, new_tokens=(4, 8), rounds=1, peft_new_tokens=4, systems=["peft", "xloom"], **TINY
-    )
-    assert [(r.system, r.new_tokens) for r in report.rows if r.system == "peft"] == [("peft", 4)]
-    long = report.rows[-1]
-    assert (long.new_tokens, long.tokens_equal_to_peft, long.tokens_equal, long.tokens_compared) == (8, True, 4, 4)
-    assert report.notes == ["peft was not run for 8 new tokens (peft_new_tokens=4)"]
 
 
 def test_rows_of_prefill():
@@ -108,7 +213,10 @@ def test_rows_of_prefill():
     for row in report.rows:
         assert row.new_tokens == 0
         assert row.ms == pytest.approx(row.ms_per_token * row.prompt_tokens)
-        assert row.tokens_equal_to_peft is (True if row.system == "xloom" else None)
+        assert (row.tokens_equal, row.tokens_compared) == ((2, 2) if row.system == "xloom" else (None, None))
+        assert not row.estimated
+    with pytest.raises(ConfigError, match="'xloom-lagged'"):
+        bench_prefill(prompt_tokens=[4], systems=["xloom-lagged"], **TINY)
 
 
 def test_no_end_token_stops_it(tmp_path: Path):
@@ -117,8 +225,8 @@ def test_no_end_token_stops_it(tmp_path: Path):
     end = list(range(64))
     base.config.eos_token_id = base.generation_config.eos_token_id = end
     made = parts(base, tmp_path)
-    for name in systems.BUILDERS:
-        assert systems.build(name, made).decode(torch.arange(4)[None], 7).shape == (1, 7)
+    for name in systems.NAMES:
+        assert len(systems.build(name, made).decode(torch.arange(4)[None], 7).tokens) == 7
     assert base.generation_config.eos_token_id == base.config.eos_token_id == end
 
 
@@ -137,7 +245,8 @@ def test_systems_share_the_weights_of_the_base_and_leave_it_alone(tmp_path: Path
 
 
 def test_bfloat16_runs():
-    report = bench_decode(prompt_tokens=4, new_tokens=[3], rounds=1, dtype="bfloat16", **TINY)
+    names = ["peft", "xloom-speculative", "xloom-early-gate"]
+    report = bench_decode(prompt_tokens=4, new_tokens=[3], rounds=1, dtype="bfloat16", systems=names, **TINY)
     assert report.settings["dtype"] == "bfloat16"
     assert len(report.rows) == 4
 
@@ -153,11 +262,12 @@ def test_a_folder_as_base(tmp_path: Path):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"systems": ["xlom"]}, r"'xlom'.*base, peft, xloom, xloom-early-gate"),
+        ({"systems": ["xlom"]}, r"'xlom'.*base, base-lookup, peft, xloom"),
         ({"dtype": "float31"}, "float32, bfloat16"),
         ({"new_tokens": []}, "new_tokens"),
+        ({"new_tokens": [1]}, "new_tokens must be at least 2, found 1"),
         ({"rounds": 0}, "rounds must be at least 1, found 0"),
-        ({"peft_rounds": 0}, "peft_rounds"),
+        ({"peft_whole": 0}, "peft_whole"),
         ({"experts": 0}, "experts=0"),
         ({"layers": 0}, "layers"),
         ({"hidden": 33}, "hidden must be even"),
@@ -182,7 +292,9 @@ def test_json_and_table(decoded: Report, tmp_path: Path):
     console.print(decoded.table())
     text = console.export_text()
     assert "xloom-early-gate" in text
-    assert "12/12" in text
+    assert "24/24" in text
+    assert "~" in text
+    assert "Simpson" in text
 
 
 def test_a_file_that_cannot_be_written_is_refused_beforehand(tmp_path: Path):
@@ -198,6 +310,7 @@ def test_turns():
     timed = in_turn(calls, {"a": 3, "b": 1, "c": 3})
     assert "".join(order) == "abc" + "ca" + "ca"
     assert {name: len(times.seconds) for name, times in timed.items()} == {"a": 3, "b": 1, "c": 3}
+    assert {name: len(times.results) for name, times in timed.items()} == {"a": 3, "b": 1, "c": 3}
 
 
 def test_spread_and_ratios():

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xloom.benchmark.peak_memory import NotMeasuredError, Order, measure_apart
+from xloom.benchmark.run import wait_for
 from xloom.benchmark.settings import RANDOM, Say, at_least_one, check_dtype
 from xloom.benchmark.timing import in_turn, load, machine, spread
 from xloom.benchmark.train_tables import EPOCHS, TrainReport, TrainRow, timed_row
@@ -88,6 +89,7 @@ def bench_train(
             if memory:
                 made.write_parts(parts, Path(folder))
                 order = Order(
+                    task="train",
                     system="",
                     base=str(base),
                     shape=shape,
@@ -95,10 +97,10 @@ def bench_train(
                     device=device,
                     folder=folder,
                     expert_folders=parts.expert_folders,
-                    batch=batch,
-                    tokens=tokens,
-                    completion=completion,
                     threads=torch.get_num_threads(),
+                    tokens=tokens,
+                    new=completion,
+                    batch=batch,
                 )
                 rows = _with_memory(rows, order, notes, progress)
             found += rows
@@ -111,18 +113,12 @@ def _timed(
     parts: "Parts", names: Sequence[str], batch: "Batch", rounds: int, exact: bool, progress: Say
 ) -> list[TrainRow]:
     """A row per system, PEFT first, without memory."""
-    import torch
-
     from xloom.benchmark import train_systems
 
-    experts, device = len(parts.expert_folders), batch.ids_BT.device
+    experts, wait = len(parts.expert_folders), partial(wait_for, str(batch.ids_BT.device))
 
     def tick(name: str) -> None:
         progress(f"{experts} experts: {name}")
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
 
     learners, states, first = {}, {}, {}
     for name in names:

@@ -6,7 +6,7 @@ Letters: S sites  N experts  D hidden size  I in-features  O out-features  R ran
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from xloom import architecture
 from xloom.benchmark.settings import RANDOM
-from xloom.errors import BaseMismatchError, ConfigError
+from xloom.errors import BaseMismatchError, ConfigError, names
 from xloom.experts import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from xloom.files import new_folder, read_tensors, write_json, write_tensors
+from xloom.model import XLoraForCausalLM
 from xloom.suite.base_model import resolve_base
 
 SEED = 0
@@ -39,27 +40,60 @@ class Parts:
 
     def own_base(self) -> PreTrainedModel:
         """A base to put modules into, with the very tensors of `base`, and nothing that stops generation early."""
-        kept: dict[int, Any] = {id(t): t for t in [*self.base.parameters(), *self.base.buffers()]}
-        model: PreTrainedModel = copy.deepcopy(self.base, kept)
+        model = sharing(self.base)
         model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0)
         model.config.eos_token_id = None
         return model
 
+    def first(self, experts: int) -> "Parts":
+        """The same with the first experts alone."""
+        every = len(self.expert_folders)
+        folders = dict(list(self.expert_folders.items())[:experts])
+        kept = [row for row in range(len(self.head_bias)) if row % every < experts]  # a row per site and expert
+        return Parts(self.base, folders, self.head_weight[kept], self.head_bias[kept])
 
-def make_parts(base: PreTrainedModel, folder: Path, *, experts: int, rank: int) -> Parts:
-    """Random experts on every linear of the decoder, written below `folder` as PEFT does, and a random head."""
+
+def sharing(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy that consists of the very tensors of `model`."""
+    kept: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    copied: PreTrainedModel = copy.deepcopy(model, kept)
+    return copied
+
+
+def make_parts(
+    base: PreTrainedModel, folder: Path, *, experts: int, rank: int, targets: Collection[str] | None = None
+) -> Parts:
+    """Random experts, written below `folder` as PEFT does, and a random head.
+
+    Args:
+        targets: last words of the names of the modules they adapt; default: every linear of the decoder.
+    """
     if experts < 1 or rank < 1:
         raise ConfigError(f"experts and rank must be at least 1, found experts={experts}, rank={rank}")
     generator = torch.Generator().manual_seed(SEED)
-    linears = _linears(base)
+    linears = _linears(base, targets)
     folders = {f"expert{i}": str(folder / str(i)) for i in range(experts)}
     for path in folders.values():
         _write_expert(Path(path), linears, rank, generator)
+    return Parts(base, folders, *_random_head(base, len(linears) * experts, generator))
+
+
+def parts_of(model: XLoraForCausalLM, folder: Path) -> Parts:
+    """Base and experts of a model, which are written below `folder`, with a random head of one layer."""
+    model.save_pretrained(folder / "model")
+    folders = {name: str(folder / "model" / "experts" / name) for name in model.experts}
+    generator = torch.Generator().manual_seed(SEED)
+    with model.plain_base() as plain:
+        base = sharing(plain)
+    outputs = len(model.sites) * len(model.experts)
+    return Parts(base, folders, *_random_head(base, outputs, generator))
+
+
+def _random_head(base: PreTrainedModel, outputs: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     width = architecture.hidden_size(base, gated=False)
     bound = 1 / math.sqrt(width)
-    weight = OPINION * bound * (2 * torch.rand(len(linears) * experts, width, generator=generator) - 1)
-    bias = bound * (2 * torch.rand(len(linears) * experts, generator=generator) - 1)
-    return Parts(base, folders, weight, bias)
+    weight = OPINION * bound * (2 * torch.rand(outputs, width, generator=generator) - 1)
+    return weight, bound * (2 * torch.rand(outputs, generator=generator) - 1)
 
 
 def write_parts(parts: Parts, folder: Path) -> None:
@@ -134,11 +168,13 @@ def random_base(dtype: torch.dtype, device: str, *, layers: int, hidden: int, vo
     return model.to(device=device, dtype=dtype).eval()
 
 
-def _linears(base: PreTrainedModel) -> dict[str, nn.Linear]:
+def _linears(base: PreTrainedModel, targets: Collection[str] | None = None) -> dict[str, nn.Linear]:
     output = base.get_output_embeddings()
     found = {n: m for n, m in base.named_modules() if isinstance(m, nn.Linear) and m is not output}
+    found = {n: m for n, m in found.items() if targets is None or n.rpartition(".")[2] in targets}
     if not found:
-        raise BaseMismatchError(f"{type(base).__name__}: the benchmark puts its experts on nn.Linear, found none")
+        what = "nn.Linear" if targets is None else f"nn.Linear called {names(targets)}"
+        raise BaseMismatchError(f"{type(base).__name__}: the benchmark puts its experts on {what}, found none")
     return found
 
 

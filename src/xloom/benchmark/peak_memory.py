@@ -1,7 +1,7 @@
-"""Peak memory of training with one system, in a process that does nothing else.
+"""Peak memory of one task with one system, in a process that does nothing else.
 
-`python -m xloom.benchmark.peak_memory` reads an order as JSON from standard input, builds that one system, takes two
-steps (a third under the profiler) and prints what it used as JSON. Knows nothing of clocks.
+`python -m xloom.benchmark.peak_memory` reads an order as JSON from standard input, builds that one system, does the
+task twice (a third time under the profiler) and prints what it used as JSON. Knows nothing of clocks.
 """
 
 import json
@@ -11,15 +11,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from xloom.benchmark.parts import Parts
 
 STEPS = 2  # the optimizer's state is there from the second on
 
 
 @dataclass(frozen=True)
 class Order:
-    """What to build and train; the experts and the head's weights lie in `folder`."""
+    """What to build and do; the experts and the head's weights lie in `folder`.
 
+    Args:
+        task: a training step of `batch` rows of `tokens`, with the loss on the last `new`; one forward over a prompt of
+            `tokens`; or a text of `new` tokens after such a prompt.
+    """
+
+    task: Literal["train", "prefill", "decode"]
     system: str
     base: str
     shape: tuple[int | None, int | None, int | None]
@@ -27,10 +36,10 @@ class Order:
     device: str
     folder: str
     expert_folders: Mapping[str, str]
-    batch: int
-    tokens: int
-    completion: int
     threads: int
+    tokens: int
+    new: int = 0
+    batch: int = 1
 
 
 class Peak(NamedTuple):
@@ -39,8 +48,8 @@ class Peak(NamedTuple):
     Args:
         peak_mb: the most that the process held; on CUDA, that torch's tensors held on the device.
         floor_mb: the same before the system was built: torch and the base, loaded.
-        step_mb: the most that tensors made during a step held at once. On the CPU a process can hold far more, where
-            malloc keeps what was freed in pieces that nothing fits into.
+        step_mb: the most that tensors made in one go at the task held at once. On the CPU a process can hold far more,
+            where malloc keeps what was freed in pieces that nothing fits into.
     """
 
     peak_mb: float
@@ -63,26 +72,48 @@ def measure_apart(order: Order) -> Peak:
 
 
 def measure(order: Order) -> Peak:
-    """Builds and trains. The figure is that of the process so far: call it in one that has done nothing else."""
+    """Builds and works. The figure is that of the process so far: call it in one that has done nothing else."""
     import torch
 
-    from xloom.benchmark import train_systems
     from xloom.benchmark.parts import open_base, read_parts
 
     torch.set_num_threads(order.threads)
     base, _ = open_base(order.base, getattr(torch, order.dtype), order.device, order.shape)
     floor = used_mb(order.device)
     parts = read_parts(base, Path(order.folder), order.expert_folders)
+    work = _training(order, parts) if order.task == "train" else _inference(order, parts)
+    for _ in range(STEPS):
+        work()
+    peak = used_mb(order.device)  # before the profiler takes its own
+    return Peak(peak, floor, live_mb(work, order.device))
+
+
+def _training(order: Order, parts: "Parts") -> Callable[[], Any]:
+    from xloom.benchmark import train_systems
+
     learner = train_systems.build(order.system, parts)
-    vocab = base.config.get_text_config(decoder=True).vocab_size
+    vocab = parts.base.config.get_text_config(decoder=True).vocab_size
     batch = train_systems.random_batch(
-        vocab, rows=order.batch, tokens=order.tokens, completion=order.completion, device=order.device
+        vocab, rows=order.batch, tokens=order.tokens, completion=order.new, device=order.device
     )
     states = learner.fill(batch)
-    for _ in range(STEPS):
-        learner.step(batch, states)
-    peak = used_mb(order.device)  # before the profiler takes its own
-    return Peak(peak, floor, live_mb(lambda: learner.step(batch, states), order.device))
+    return lambda: learner.step(batch, states)
+
+
+def _inference(order: Order, parts: "Parts") -> Callable[[], Any]:
+    """A system without a cache does the last step alone: those before it hold less."""
+    import torch
+
+    from xloom.benchmark import systems
+
+    system = systems.build(order.system, parts)
+    last_alone = order.task == "decode" and not system.cached
+    length = order.tokens + (order.new - 1 if last_alone else 0)
+    vocab = parts.base.config.get_text_config(decoder=True).vocab_size
+    ids_1T = torch.randint(0, vocab, (1, length), generator=torch.Generator().manual_seed(length)).to(order.device)
+    if order.task == "prefill":
+        return lambda: system.prefill(ids_1T)
+    return lambda: system.decode(ids_1T, 1 if last_alone else order.new)
 
 
 def live_mb(call: Callable[[], Any], device: str) -> float:

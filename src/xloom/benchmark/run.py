@@ -6,28 +6,31 @@ Cheap to import; torch and the models come in when something runs.
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xloom.benchmark.settings import RANDOM, Say, at_least_one, check_dtype
-from xloom.benchmark.tables import Row, SpeedReport, rows_of
-from xloom.benchmark.timing import Timed, in_turn, load, machine
+from xloom.benchmark.settings import PEFT, RANDOM, Say, at_least, at_least_one, check_dtype
+from xloom.benchmark.tables import BASE, Row, SpeedReport, rows_of
+from xloom.benchmark.timing import in_turn, load, machine
+from xloom.errors import ConfigError, UnsupportedArchitectureError
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from xloom.benchmark.systems import System
+    from xloom.benchmark.parts import Shape
+    from xloom.benchmark.systems import Decoded, System
+    from xloom.model import XLoraForCausalLM
 
-SYSTEMS = ("base", "peft", "xloom", "xloom-early-gate")
+PLAIN = (BASE, PEFT, "xloom", "xloom-early-gate")  # systems without drafts
 WARM_UP_TOKENS = 4
-PEFT_IS_SLOW_FROM = 64  # new tokens beyond which PEFT's decode is timed once, unless the caller says otherwise
+PEFT_WHOLE = 64  # new tokens up to which PEFT writes its text; beyond, a sample of its steps is timed
 
 
 @dataclass(frozen=True)
-class _Bench:
+class Bench:
     """Systems that are built and warm, and the form of a report about them."""
 
     systems: Mapping[str, "System"]
@@ -35,47 +38,52 @@ class _Bench:
     device: str
     vocab: int
     progress: Say
+    notes: list[str] = field(default_factory=list)
 
     def prompt(self, tokens: int) -> "Tensor":
+        """Random token ids [1, tokens], always the same."""
         import torch
 
         generator = torch.Generator().manual_seed(tokens)
         return torch.randint(0, self.vocab, (1, tokens), generator=generator).to(self.device)
 
-    def wait(self) -> None:
-        import torch
-
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize(self.device)
-
     def times(
-        self, calls: Mapping[str, Callable[[], "Tensor"]], rounds: Mapping[str, int], what: str
-    ) -> dict[str, Timed["Tensor"]]:
+        self, calls: Mapping[str, Callable[[], "Decoded"]], rounds: int, what: str
+    ) -> dict[str, Sequence["Decoded"]]:
+        """What every call gave in every round, by system."""
         tick = lambda name: self.progress(f"{what}: {name}")  # noqa: E731
-        return in_turn(calls, rounds, wait=self.wait, tick=tick)
+        timed = in_turn(calls, dict.fromkeys(calls, rounds), wait=partial(wait_for, self.device), tick=tick)
+        return {name: times.results for name, times in timed.items()}
 
-    def rows(
-        self, timed: Mapping[str, Timed["Tensor"]], prompt_tokens: int, new_tokens: int, peft: "Tensor | None"
-    ) -> list[Row]:
-        exact = [name for name, system in self.systems.items() if system.exact and name != "peft"]
-        return rows_of(timed, prompt_tokens=prompt_tokens, new_tokens=new_tokens, reference=peft, exact=exact)
+    @property
+    def same_as(self) -> dict[str, str | None]:
+        return {name: system.same_as for name, system in self.systems.items()}
 
-    def finish(self, rows: Sequence[Row], notes: Sequence[str]) -> SpeedReport:
+    def finish(self, rows: Sequence[Row]) -> SpeedReport:
         about = self.report.machine | {"load_after": load()}
-        return replace(self.report, rows=list(rows), notes=list(notes), machine=about)
+        return replace(self.report, rows=list(rows), notes=self.notes, machine=about)
+
+
+def wait_for(device: str) -> None:
+    """Returns when an accelerator has done all its work."""
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
 
 
 def bench_decode(
     base: "str | Path | PreTrainedModel" = RANDOM,
     *,
+    models: "Mapping[str, XLoraForCausalLM] | None" = None,
+    prompts: "Sequence[Tensor] | None" = None,
     experts: int = 4,
     rank: int = 8,
     prompt_tokens: int = 32,
     new_tokens: Sequence[int] = (64, 256),
     rounds: int = 3,
-    systems: Sequence[str] = SYSTEMS,
-    peft_rounds: int | None = None,
-    peft_new_tokens: int | None = None,
+    systems: Sequence[str] | None = None,
+    peft_whole: int = PEFT_WHOLE,
     layers: int | None = None,
     hidden: int | None = None,
     vocab: int | None = None,
@@ -83,47 +91,67 @@ def bench_decode(
     device: str = "cpu",
     progress: Say = lambda text: None,
 ) -> SpeedReport:
-    """Greedy decoding of fixed length at batch 1: each system's `generate` from a random prompt on, prompt included.
+    """Greedy decoding of fixed length at batch 1: each system's `generate` from a prompt on.
 
     Args:
         base: path, hub id, name of the built-in base, a loaded model, or "random": SmolLM2-135M's shape, which
             `layers`, `hidden` and `vocab` change.
-        systems: `base` always runs, as the others are measured against it.
-        peft_rounds: by default `rounds` up to 64 new tokens and one beyond, where PEFT takes minutes.
-        peft_new_tokens: PEFT is left out of longer decodes; tokens are then compared as far as it went.
+        models: X-LoRA models by name, all on the same base, in place of random ones; `base`, `experts`, `rank`,
+            `dtype`, `device` and the shape are then theirs, and systems are called after them.
+        prompts: token ids [1, T], one for each round; default: the same random one of `prompt_tokens` in `rounds`.
+        systems: default: all. `base` always runs, as the others are measured against it.
+        peft_whole: PEFT writes texts up to this length; of longer ones a sample of its steps is timed.
         progress: told what is being done.
 
     Raises:
-        ConfigError: a number below 1, or an unknown system or dtype.
+        ConfigError: a number that is too small, or an unknown system or dtype.
         XLoomError: the base cannot be loaded or mixed.
     """
-    at_least_one(prompt_tokens=[prompt_tokens], new_tokens=new_tokens, rounds=[rounds])
-    caps = {"peft_rounds": peft_rounds, "peft_new_tokens": peft_new_tokens}
-    at_least_one(**{name: [cap] for name, cap in caps.items() if cap is not None})
-    settings = {"experts": experts, "rank": rank, "rounds": rounds, "dtype": dtype}
-    with _ready("decode", base, systems, settings, (layers, hidden, vocab), device, progress) as bench:
-        ids = bench.prompt(prompt_tokens)
+    at_least(2, new_tokens=new_tokens)
+    at_least_one(prompt_tokens=[prompt_tokens], rounds=[rounds], peft_whole=[peft_whole])
+    if prompts is not None and not prompts:
+        raise ConfigError("prompts: expected at least one, found none")
+    with contextlib.ExitStack() as stack:
+        if models:
+            ready = _ready_models("decode", models, systems, progress)
+        else:
+            settings = {"experts": experts, "rank": rank, "dtype": dtype}
+            ready = _ready("decode", base, systems, settings, (layers, hidden, vocab), device, progress)
+        bench = stack.enter_context(ready)
+        asked = list(prompts) if prompts is not None else [bench.prompt(prompt_tokens)] * rounds
+        bench.report.settings.update(rounds=len(asked), prompts=len({id(ids) for ids in asked}))
         for system in bench.systems.values():
             progress(f"warming up {system.name}")
-            system.decode(ids, min(WARM_UP_TOKENS, *new_tokens))
+            system.decode(asked[0], min(WARM_UP_TOKENS, *new_tokens))
         rows: list[Row] = []
-        notes: list[str] = []
-        reference: Tensor | None = None
+        known: dict[str, Sequence[Decoded]] = {}
         for length in sorted(set(new_tokens)):
-            running = dict(bench.systems)
-            if "peft" in running and peft_new_tokens is not None and length > peft_new_tokens:
-                del running["peft"]
-                notes.append(f"peft was not run for {length} new tokens (peft_new_tokens={peft_new_tokens})")
-            turns = dict.fromkeys(running, rounds)
-            if "peft" in running:
-                turns["peft"] = min(rounds, peft_rounds or (rounds if length <= PEFT_IS_SLOW_FROM else 1))
-                if turns["peft"] < rounds:
-                    notes.append(f"peft ran {turns['peft']} of {rounds} rounds for {length} new tokens")
-            calls = {name: partial(system.decode, ids, length) for name, system in running.items()}
-            timed = bench.times(calls, turns, f"{length} new tokens")
-            reference = timed["peft"].result if "peft" in timed else reference
-            rows += bench.rows(timed, prompt_tokens, length, reference)
-        return bench.finish(rows, notes)
+            calls = {name: _decoding(system, asked, length, peft_whole) for name, system in bench.systems.items()}
+            found = bench.times(calls, len(asked), f"{length} new tokens")
+            sizes = [ids.shape[1] for ids in asked]
+            rows += rows_of(found, prompt_tokens=sizes, new_tokens=length, same_as=bench.same_as, known=known)
+            known |= {name: gave for name, gave in found.items() if gave[0].tokens}
+        if any(row.estimated for row in rows):
+            bench.notes.append(_sampled_note(peft_whole))
+        return bench.finish(rows)
+
+
+def _decoding(system: "System", prompts: "Sequence[Tensor]", length: int, peft_whole: int) -> "Callable[[], Decoded]":
+    """A call for every round, which takes the next prompt."""
+    from xloom.benchmark.systems import decode_sampled
+
+    coming = iter(prompts)
+    whole = system.cached or length <= peft_whole
+    return lambda: system.decode(next(coming), length) if whole else decode_sampled(system, next(coming), length)
+
+
+def _sampled_note(peft_whole: int) -> str:
+    from xloom.benchmark.systems import SAMPLES
+
+    return (
+        f"~ beyond {peft_whole} new tokens peft's time is that of {SAMPLES} of its steps, evenly spaced from the first "
+        "to the last and summed by Simpson's rule: it recomputes the whole text twice for every token"
+    )
 
 
 def bench_prefill(
@@ -133,7 +161,7 @@ def bench_prefill(
     rank: int = 8,
     prompt_tokens: Sequence[int] = (32, 128, 512),
     rounds: int = 5,
-    systems: Sequence[str] = SYSTEMS,
+    systems: Sequence[str] | None = None,
     layers: int | None = None,
     hidden: int | None = None,
     vocab: int | None = None,
@@ -141,10 +169,14 @@ def bench_prefill(
     device: str = "cpu",
     progress: Say = lambda text: None,
 ) -> SpeedReport:
-    """One forward over a random prompt up to its next token, at batch 1. Arguments and errors as `bench_decode`."""
+    """One forward over a random prompt up to its next token, at batch 1. Arguments and errors as `bench_decode`.
+
+    Systems that draft are no others here, and refused.
+    """
     at_least_one(prompt_tokens=prompt_tokens, rounds=[rounds])
     settings = {"experts": experts, "rank": rank, "rounds": rounds, "dtype": dtype}
-    with _ready("prefill", base, systems, settings, (layers, hidden, vocab), device, progress) as bench:
+    shape = (layers, hidden, vocab)
+    with _ready("prefill", base, systems, settings, shape, device, progress, known=PLAIN) as bench:
         rows: list[Row] = []
         for length in sorted(set(prompt_tokens)):
             ids = bench.prompt(length)
@@ -152,39 +184,72 @@ def bench_prefill(
             progress(f"warming up with {length} tokens")
             for call in calls.values():
                 call()
-            timed = bench.times(calls, dict.fromkeys(calls, rounds), f"prompt of {length} tokens")
-            reference = timed["peft"].result if "peft" in timed else None
-            rows += bench.rows(timed, length, 0, reference)
-        return bench.finish(rows, [])
+            found = bench.times(calls, rounds, f"prompt of {length} tokens")
+            rows += rows_of(found, prompt_tokens=[length] * rounds, new_tokens=0, same_as=bench.same_as)
+        return bench.finish(rows)
 
 
 @contextlib.contextmanager
 def _ready(
     what: str,
     base: "str | Path | PreTrainedModel",
-    names: Sequence[str],
+    names: Sequence[str] | None,
     settings: dict[str, Any],
-    shape: tuple[int | None, int | None, int | None],
+    shape: "Shape",
     device: str,
     progress: Say,
-) -> Iterator[_Bench]:
+    known: Sequence[str] | None = None,
+) -> Iterator[Bench]:
     """The systems, built, for as long as the block runs: their experts lie in a temporary folder."""
     check_dtype(settings["dtype"])
     progress("loading torch and transformers")
     import torch
 
     from xloom.benchmark import parts as made
-    from xloom.benchmark.systems import build, check_names
+    from xloom.benchmark import systems
 
-    check_names(names)
+    known = list(systems.NAMES) if known is None else known
+    systems.check_names(names or (), known)
     dtype = getattr(torch, settings["dtype"])
     progress("making the base")
     model, name = made.open_base(base, dtype, device, shape)
     with tempfile.TemporaryDirectory(prefix="xloom-bench-") as folder:
         parts = made.make_parts(model, Path(folder), experts=settings["experts"], rank=settings["rank"])
-        built = {}
-        for system in dict.fromkeys(["base", *names]):
-            progress(f"building {system}")
-            built[system] = build(system, parts)
+        progress("building the systems")
+        built = systems.build_all(list(dict.fromkeys([BASE, *(names if names is not None else known)])), parts)
         report = SpeedReport(what, machine(device), {"base": name, **settings}, [])
-        yield _Bench(built, report, device, model.config.get_text_config(decoder=True).vocab_size, progress)
+        yield Bench(built, report, device, _vocab(model), progress)
+
+
+@contextlib.contextmanager
+def _ready_models(
+    what: str, models: "Mapping[str, XLoraForCausalLM]", names: Sequence[str] | None, progress: Say
+) -> Iterator[Bench]:
+    """The same for models that are there; PEFT's has the first one's experts, and a head of its own."""
+    from xloom.benchmark import systems
+    from xloom.benchmark.parts import parts_of
+
+    first = next(iter(models.values()))
+    found = systems.of_models(models)
+    wanted = list(dict.fromkeys([BASE, *([*found, PEFT] if names is None else names)]))
+    systems.check_names(wanted, [*found, PEFT])
+    notes: list[str] = []
+    device = str(first.device)
+    with tempfile.TemporaryDirectory(prefix="xloom-bench-") as folder:
+        if PEFT in wanted:
+            progress("building peft")
+            try:
+                found[PEFT] = systems.peft(parts_of(first, Path(folder)))
+                notes.append("peft has a random head of one layer, the only form it knows: its text is another")
+            except UnsupportedArchitectureError as error:
+                notes.append(str(error))
+        settings: dict[str, Any] = {"base": str(first.config.base_model_name_or_path), "models": ", ".join(models)}
+        settings["dtype"] = str(first.base.dtype).removeprefix("torch.")
+        report = SpeedReport(what, machine(device), settings, [])
+        built = {name: found[name] for name in wanted if name in found}
+        yield Bench(built, report, device, _vocab(first.base), progress, notes)
+
+
+def _vocab(base: "PreTrainedModel") -> int:
+    size: int = base.config.get_text_config(decoder=True).vocab_size
+    return size

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from xloom.errors import ConfigError
 
 RANDOM = "random"
+PEFT = "peft"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 Say = Callable[[str], None]
@@ -16,8 +17,13 @@ def check_dtype(name: str) -> None:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, found {name!r}")
 
 
+def at_least(least: int, **numbers: Sequence[int]) -> None:
+    """Raises ConfigError for the first option that is empty or holds a number below `least`."""
+    for name, values in numbers.items():
+        if not values or min(values) < least:
+            raise ConfigError(f"{name} must be at least {least}, found {', '.join(map(str, values)) or 'nothing'}")
+
+
 def at_least_one(**numbers: Sequence[int]) -> None:
     """Raises ConfigError for the first option that is empty or holds a number below 1."""
-    for name, values in numbers.items():
-        if not values or min(values) < 1:
-            raise ConfigError(f"{name} must be at least 1, found {', '.join(map(str, values)) or 'nothing'}")
+    at_least(1, **numbers)

@@ -7,20 +7,24 @@ import json
 import os
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
 
 from rich.table import Table
 
-from xloom.benchmark.timing import Timed, ratios, spread
+from xloom.benchmark.settings import PEFT
+from xloom.benchmark.timing import ratios, spread
 from xloom.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from xloom.benchmark.systems import Decoded
+    from xloom.decoding import Tally
 
 R = TypeVar("R")
+BASE = "base"
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,13 @@ class Row:
     """One system at one length. Times are in milliseconds; low and high are quartiles over the rounds.
 
     `ms` is the whole call: for decode the prompt and all new tokens, for prefill one forward over the prompt and its
-    next token. `ms_per_token` divides it by the new tokens (decode) or by the prompt's (prefill). `ratio_to_base` is
-    the median of the per-round ratios. `tokens_equal_to_peft` is None where nothing need be equal, or PEFT was not run;
-    else `tokens_equal` counts the tokens before the first difference, of `tokens_compared`.
+    next token. `ms_per_token` is what a token takes once the first is there (decode), or `ms` by the prompt's tokens
+    (prefill). `ratio_to_base` is the median of the per-round ratios of that, and `times_faster_than_peft` that of the
+    whole calls'. `estimated` times are those of a sample of the steps.
+
+    `tokens_per_forward` and `acceptance` count forwards after the prompt and drafts that were judged. `same_as` names
+    the system whose tokens must be given, if any was run: `tokens_equal` counts those before the first difference, of
+    `tokens_compared`, over all rounds.
     """
 
     system: str
@@ -45,7 +53,11 @@ class Row:
     ratio_to_base: float
     ratio_low: float
     ratio_high: float
-    tokens_equal_to_peft: bool | None = None
+    times_faster_than_peft: float | None = None
+    estimated: bool = False
+    tokens_per_forward: float | None = None
+    acceptance: float | None = None
+    same_as: str | None = None
     tokens_equal: int | None = None
     tokens_compared: int | None = None
 
@@ -82,73 +94,121 @@ class Report(ABC, Generic[R]):
 class SpeedReport(Report[Row]):
     """What `bench_decode` and `bench_prefill` found."""
 
-    def table(self) -> Table:
+    def title(self) -> str:
         s = self.settings
-        title = f"{self.what}: {s['base']}, {s['experts']} experts of rank {s['rank']}, {s['dtype']}"
-        table = Table(title=title, caption=self.caption(), caption_justify="left")
-        table.add_column("system")
-        for column in ("prompt", "new", "rounds", "ms/token", "quartiles", "x base", "quartiles", "= PEFT"):
-            table.add_column(column, justify="right")
-        before = None
-        for row in self.rows:
-            length = (row.prompt_tokens, row.new_tokens)
-            if before not in (None, length):
-                table.add_section()
-            before = length
-            table.add_row(
-                row.system,
-                str(row.prompt_tokens),
-                str(row.new_tokens),
-                str(row.rounds),
-                f"{row.ms_per_token:.2f}",
-                f"{row.ms_per_token_low:.2f}-{row.ms_per_token_high:.2f}",
-                f"{row.ratio_to_base:.2f}",
-                f"{row.ratio_low:.2f}-{row.ratio_high:.2f}",
-                "" if row.tokens_compared is None else f"{row.tokens_equal}/{row.tokens_compared}",
-            )
-        return table
+        whose = s["models"] if "models" in s else f"{s['experts']} experts of rank {s['rank']}, {s['dtype']}"
+        return f"{self.what}: {s['base']}, {whose}"
+
+    def table(self) -> Table:
+        cells = {
+            "system": [row.system for row in self.rows],
+            "prompt": [str(row.prompt_tokens) for row in self.rows],
+            "new": [str(row.new_tokens or "") for row in self.rows],
+            "rounds": [str(row.rounds) for row in self.rows],
+            "ms/token": [f"{'~' if row.estimated else ''}{row.ms_per_token:.2f}" for row in self.rows],
+            "x base": [f"{row.ratio_to_base:.2f}" for row in self.rows],
+            "quartiles": [f"{row.ratio_low:.2f}-{row.ratio_high:.2f}" for row in self.rows],
+            "x PEFT": [shown(row.times_faster_than_peft, ".1f") for row in self.rows],
+            "tokens/forward": [shown(row.tokens_per_forward, ".2f") for row in self.rows],
+            "right": [shown(row.acceptance, ".0%") for row in self.rows],
+            "same tokens": [_same(row) for row in self.rows],
+        }
+        lengths = [(row.prompt_tokens, row.new_tokens) for row in self.rows]
+        return filled(Table(title=self.title(), caption=self.caption()), cells, sections=lengths)
+
+
+def filled(table: Table, cells: Mapping[str, Sequence[str]], sections: Sequence[Any]) -> Table:
+    """A table of columns, without those that are empty; a line where `sections` changes from row to row."""
+    table.title_justify = table.caption_justify = "left"
+    kept = {name: column for name, column in cells.items() if any(column)}
+    for place, name in enumerate(kept):
+        table.add_column(name, justify="left" if place == 0 else "right", no_wrap=True)
+    for place, row in enumerate(zip(*kept.values(), strict=True)):
+        if place and sections[place] != sections[place - 1]:
+            table.add_section()
+        table.add_row(*row)
+    return table
+
+
+def shown(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _same(row: Row) -> str:
+    return "" if row.tokens_compared is None else f"{row.tokens_equal}/{row.tokens_compared}"
 
 
 def rows_of(
-    timed: Mapping[str, Timed["Tensor"]],
+    found: Mapping[str, Sequence["Decoded"]],
     *,
-    prompt_tokens: int,
+    prompt_tokens: Sequence[int],
     new_tokens: int,
-    reference: "Tensor | None",
-    exact: Collection[str],
+    same_as: Mapping[str, str | None],
+    known: Mapping[str, Sequence["Decoded"]] | None = None,
 ) -> list[Row]:
-    """One row per system, from its seconds and the tokens [1, T] it gave.
+    """One row per system, from what it gave in every round.
 
     Args:
-        timed: by system; "base" among them.
+        found: by system; "base" among them.
+        prompt_tokens: of every round.
         new_tokens: 0 for prefill, whose times are per prompt token.
-        reference: PEFT's tokens, as far as it went; the systems named in `exact` must have given the same.
+        same_as: by system, the one whose tokens it must give.
+        known: what systems gave before on the same prompts, where that can be compared too, as far as it goes.
     """
-    ms = 1e3 / (new_tokens or prompt_tokens)
+    texts = {**(known or {}), **{name: gave for name, gave in found.items() if gave[0].tokens}}
     rows = []
-    for name, times in timed.items():
-        seconds, ratio = spread(times.seconds), ratios(times.seconds, timed["base"].seconds)
+    for name, gave in found.items():
+        pace, base = (_paces(found[which], prompt_tokens, new_tokens) for which in (name, BASE))
+        ms, ratio = spread([1e3 * seconds for seconds in pace]), ratios(pace, base)
         row = Row(
             system=name,
-            prompt_tokens=prompt_tokens,
+            prompt_tokens=round(median(prompt_tokens)),
             new_tokens=new_tokens,
-            rounds=len(times.seconds),
-            ms=1e3 * seconds.median,
-            ms_per_token=ms * seconds.median,
-            ms_per_token_low=ms * seconds.low,
-            ms_per_token_high=ms * seconds.high,
-            ms_per_token_min=ms * min(times.seconds),
+            rounds=len(gave),
+            ms=1e3 * median(one.seconds for one in gave),
+            ms_per_token=ms.median,
+            ms_per_token_low=ms.low,
+            ms_per_token_high=ms.high,
+            ms_per_token_min=1e3 * min(pace),
             ratio_to_base=ratio.median,
             ratio_low=ratio.low,
             ratio_high=ratio.high,
+            estimated=not gave[0].tokens,
         )
-        if reference is not None and name in exact:
-            compared = min(reference.shape[1], times.result.shape[1])
-            same = (reference[0, :compared] == times.result[0, :compared]).long()
-            equal = int(same.cumprod(0).sum())
-            row = replace(row, tokens_equal_to_peft=equal == compared, tokens_equal=equal, tokens_compared=compared)
+        row = replace(row, **drafting([one.tally for one in gave if one.tally is not None]))
+        if PEFT in found and name != PEFT:
+            faster = ratios([one.seconds for one in found[PEFT]], [one.seconds for one in gave])
+            row = replace(row, times_faster_than_peft=faster.median)
+        if (reference := same_as.get(name)) in texts:
+            assert reference is not None
+            pairs = zip(gave, texts[reference], strict=False)
+            counts = [agreement(mine.tokens, theirs.tokens) for mine, theirs in pairs]
+            equal, compared = (sum(part) for part in zip(*counts, strict=True))
+            row = replace(row, same_as=reference, tokens_equal=equal, tokens_compared=compared)
         rows.append(row)
     return rows
+
+
+def _paces(gave: Sequence["Decoded"], prompt_tokens: Sequence[int], new_tokens: int) -> list[float]:
+    if new_tokens:
+        return [one.s_per_token for one in gave]
+    return [one.seconds / length for one, length in zip(gave, prompt_tokens, strict=False)]
+
+
+def agreement(mine: Sequence[int], theirs: Sequence[int]) -> tuple[int, int]:
+    """Tokens before the first difference, and tokens compared."""
+    compared = min(len(mine), len(theirs))
+    return next((i for i in range(compared) if mine[i] != theirs[i]), compared), compared
+
+
+def drafting(tallies: Sequence["Tally"]) -> dict[str, Any]:
+    """`tokens_per_forward` and `acceptance` of several texts together; None without drafts."""
+    forwards, tokens = sum(t.forwards for t in tallies), sum(t.tokens for t in tallies)
+    drafted, accepted = sum(t.drafted for t in tallies), sum(t.accepted for t in tallies)
+    return {
+        "tokens_per_forward": tokens / forwards if forwards else None,
+        "acceptance": accepted / drafted if drafted else None,
+    }
 
 
 def check_target(path: Path) -> None:

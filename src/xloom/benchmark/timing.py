@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from xloom import __version__
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 
@@ -29,10 +29,15 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Timed(Generic[T]):
-    """Seconds of every round that a call took part in, the first rounds first, and what it returned last."""
+    """Seconds of every round that a call took part in, the first rounds first, and what it returned each time."""
 
     seconds: list[float]
-    result: T
+    results: list[T]
+
+    @property
+    def result(self) -> T:
+        """What it returned last."""
+        return self.results[-1]
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -48,12 +53,12 @@ def ratios(seconds: Sequence[float], base: Sequence[float]) -> Spread:
 
 
 def in_turn(
-    calls: Mapping[str, Callable[[], T]],
-    rounds: Mapping[str, int],
+    calls: Mapping[K, Callable[[], T]],
+    rounds: Mapping[K, int],
     *,
     wait: Callable[[], None] = lambda: None,
-    tick: Callable[[str], None] = lambda name: None,
-) -> dict[str, Timed[T]]:
+    tick: Callable[[K], None] = lambda name: None,
+) -> dict[K, Timed[T]]:
     """Times every call once per round, one after the other, the order turning by one from round to round.
 
     So a machine that slows down for a while slows all of them. Warming up is the caller's.
@@ -64,8 +69,8 @@ def in_turn(
         tick: told the name of a call before it starts.
     """
     order = list(calls)
-    seconds: dict[str, list[float]] = {name: [] for name in order}
-    results: dict[str, T] = {}
+    seconds: dict[K, list[float]] = {name: [] for name in order}
+    results: dict[K, list[T]] = {name: [] for name in order}
     for turn in range(max(rounds.values())):
         start = turn % len(order)
         gc.collect()  # no round pays for another's garbage
@@ -75,9 +80,10 @@ def in_turn(
             tick(name)
             wait()
             began = time.perf_counter()
-            results[name] = calls[name]()
+            result = calls[name]()
             wait()
             seconds[name].append(time.perf_counter() - began)
+            results[name].append(result)
     return {name: Timed(seconds[name], results[name]) for name in order}
 
 
@@ -85,10 +91,12 @@ def machine(device: str) -> dict[str, Any]:
     """Processor, threads, versions and the load average of the last minute, as flat JSON."""
     import torch
 
+    from xloom.evaluation.bench import device_name
+
     packages = {name: _version(name) for name in ("torch", "transformers", "peft")}
-    accelerator = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
+    accelerator = device_name(torch.device(device)) if device.startswith("cuda") else None
     return {
-        "cpu": cpu_name(),
+        "cpu": device_name(torch.device("cpu")),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": device,
@@ -107,15 +115,6 @@ def load() -> float | None:
         return round(os.getloadavg()[0], 2)
     except (AttributeError, OSError):
         return None
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
 
 
 def _version(package: str) -> str | None:

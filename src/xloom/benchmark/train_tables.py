@@ -6,7 +6,7 @@ from typing import final
 
 from rich.table import Table
 
-from xloom.benchmark.tables import Report
+from xloom.benchmark.tables import Report, filled, shown
 from xloom.benchmark.timing import ratios, spread
 
 EPOCHS = 3  # over which the time to fill a cache of head states is spread
@@ -88,25 +88,16 @@ class TrainReport(Report[TrainRow]):
             f"{self.what}: {s['base']}, experts of rank {s['rank']}, {s['dtype']}, {s['batch']} rows of {s['tokens']} "
             f"tokens, loss on the last {s['completion']}"
         )
-        table = Table(title=title, caption=self.caption(), title_justify="left", caption_justify="left", box=None)
-        columns: dict[str, list[str]] = {
-            "experts": [str(row.experts) for row in self.rows],
+        columns = {
             "system": [row.system for row in self.rows],
+            "experts": [str(row.experts) for row in self.rows],
             "s/step": [f"{row.s_per_step:.2f}" for row in self.rows],
             "x faster": [f"{row.ratio_to_peft:.2f}" for row in self.rows],
             "quartiles": [f"{row.ratio_low:.2f}-{row.ratio_high:.2f}" for row in self.rows],
-            "peak MB": [_shown(row.peak_mb, ".0f") for row in self.rows],
-            "of PEFT": [_shown(row.memory_to_peft, ".2f") for row in self.rows],
-            "in step": [_shown(row.step_mb, ".0f") for row in self.rows],
+            "peak MB": [shown(row.peak_mb, ".0f") for row in self.rows],
+            "of PEFT": [shown(row.memory_to_peft, ".2f") for row in self.rows],
+            "in step": [shown(row.step_mb, ".0f") for row in self.rows],
             "= PEFT": ["" if row.loss_equal is None else "yes" if row.loss_equal else "NO" for row in self.rows],
         }
-        there = {name: cells for name, cells in columns.items() if any(cells)}
-        for name in there:
-            table.add_column(name, justify="left" if name == "system" else "right", no_wrap=True)
-        for cells in zip(*there.values(), strict=True):
-            table.add_row(*cells)
-        return table
-
-
-def _shown(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+        table = Table(title=title, caption=self.caption(), box=None)
+        return filled(table, columns, sections=[0] * len(self.rows))

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from xloom import __version__
+from xloom.cli.bench import JsonOption, bench
 from xloom.errors import ConfigError, XLoomError
 
 app = typer.Typer(
@@ -21,7 +22,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-bench = typer.Typer(help="Measure speed side by side with the base model and with PEFT.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 ModelArg = Annotated[str, typer.Argument(help="Folder or hub id of an X-LoRA model (xloom, PEFT or xlora format).")]
@@ -39,7 +39,13 @@ TokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help
 TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
 TopPOption = Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling, when the temperature is not 0.")]
 SeedOption = Annotated[int, typer.Option(help="Seed for sampling.")]
-JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the result to this file as well.")]
+MapOption = Annotated[bool, typer.Option("--map", help="Show a map of layers x experts, in letters without colour.")]
+TraceOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="New folder for traces, written token by token; of several texts 001, 002, ... in it. Shows --map."
+    ),
+]
 
 
 def _version(wanted: bool) -> None:
@@ -119,13 +125,15 @@ def generate(
     top_p: TopPOption = 1.0,
     seed: SeedOption = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without the chat template.")] = False,
+    map: MapOption = False,
+    trace: TraceOption = None,
     json: JsonOption = None,
 ) -> None:
     """Write text, every token coloured by the expert that leads it, and each expert's share."""
-    from xloom.cli.text import Sampling, generate_texts
+    from xloom.cli.text import Sampling, Shown, generate_texts
 
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    generate_texts(model, prompt, base=base, router=router, sampling=sampling, raw=raw, json_path=json)
+    sampling, shown = Sampling(max_new_tokens, temperature, top_p, seed), Shown(map, trace)
+    generate_texts(model, prompt, base=base, router=router, sampling=sampling, raw=raw, json_path=json, shown=shown)
 
 
 @app.command()
@@ -138,12 +146,41 @@ def chat(
     top_p: TopPOption = 1.0,
     seed: SeedOption = 0,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    map: MapOption = False,
+    trace: TraceOption = None,
 ) -> None:
     """Talk with a model; /router NAME, /reset and /quit are commands."""
-    from xloom.cli.text import Sampling, chat_loop
+    from xloom.cli.text import Sampling, Shown, chat_loop
 
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    chat_loop(model, base=base, router=router, sampling=sampling, system=system)
+    sampling, shown = Sampling(max_new_tokens, temperature, top_p, seed), Shown(map, trace)
+    chat_loop(model, base=base, router=router, sampling=sampling, system=system, shown=shown)
+
+
+@app.command()
+def report(
+    source: Annotated[
+        str, typer.Argument(metavar="PROMPTS", help="JSONL file, suite:SET:SPLIT, or a folder of traces.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")],
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id of an X-LoRA model; default: the shipped one.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="A second model of the same experts, which reads the same tokens.")
+    ] = None,
+    base: BaseOption = None,
+    router: RouterOption = "xlora",
+    max_new_tokens: TokensOption = 64,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts.")] = None,
+    worth: Annotated[
+        bool, typer.Option("--worth/--no-worth", help="Measure what is lost when an expert is turned off.")
+    ] = True,
+    raw: Annotated[bool, typer.Option("--raw", help="Take prompts as they are, without the chat template.")] = False,
+) -> None:
+    """One HTML page, to look at and to share: how the experts are mixed on some prompts, and what that is worth."""
+    from xloom.cli.report import Settings, run
+
+    run(Settings(source, output, model, against, base, router, max_new_tokens, limit, worth, raw))
 
 
 @app.command()
@@ -257,90 +294,6 @@ def _once(text: str) -> None:
     """Of several processes of a launcher, the first alone speaks."""
     if os.environ.get("RANK", "0") == "0":
         typer.echo(text)
-
-
-BenchBase = Annotated[str, typer.Option("--base", help="Path, hub id, built-in name, or 'random' (135M parameters).")]
-SystemOption = Annotated[list[str] | None, typer.Option(help="Only these systems; may be given more than once.")]
-ExpertsOption = Annotated[int, typer.Option(min=1, help="Number of experts.")]
-RankOption = Annotated[int, typer.Option(min=1, help="Rank of every expert.")]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, ...")]
-DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")]
-RoundsOption = Annotated[int, typer.Option(min=1, help="Rounds, in each of which every system runs once.")]
-
-
-@bench.command("decode")
-def bench_decode(
-    base: BenchBase = "random",
-    experts: ExpertsOption = 4,
-    rank: RankOption = 8,
-    prompt_tokens: Annotated[int, typer.Option(min=1)] = 32,
-    new_tokens: Annotated[list[int], typer.Option(help="May be given more than once.")] = [64, 256],  # noqa: B006
-    rounds: RoundsOption = 3,
-    system: SystemOption = None,
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = "float32",
-    json: JsonOption = None,
-) -> None:
-    """Time per new token: base with KV cache, xloom, PEFT X-LoRA; same weights, in turn."""
-    from xloom.cli.bench import decode
-
-    decode(base, experts, rank, prompt_tokens, new_tokens, rounds, system, device, dtype, json)
-
-
-@bench.command("prefill")
-def bench_prefill(
-    base: BenchBase = "random",
-    experts: ExpertsOption = 4,
-    rank: RankOption = 8,
-    prompt_tokens: Annotated[list[int], typer.Option(help="May be given more than once.")] = [32, 128, 512],  # noqa: B006
-    rounds: RoundsOption = 3,
-    system: SystemOption = None,
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = "float32",
-    json: JsonOption = None,
-) -> None:
-    """Time to read a prompt: base, xloom, PEFT X-LoRA; same weights, in turn."""
-    from xloom.cli.bench import prefill
-
-    prefill(base, experts, rank, prompt_tokens, rounds, system, device, dtype, json)
-
-
-@bench.command("drafts")
-def bench_drafts(
-    model: Annotated[list[str] | None, typer.Option(help="name=folder, once each; default: what is shipped.")] = None,
-    task: Annotated[list[str] | None, typer.Option(help="name=rows.jsonl, once for each; default: the suite.")] = None,
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts of each task.")] = 3,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each text.")] = 48,
-    until_end: Annotated[bool, typer.Option("--until-end", help="Stop where the model does.")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    device: DeviceOption = "cpu",
-    json: JsonOption = None,
-) -> None:
-    """Drafts, column by column: how many are right, tokens per forward, time per token against the base."""
-    from xloom.cli.bench import drafts
-
-    drafts(model or [], task or [], prompts, new_tokens, until_end, threads, device, json)
-
-
-@bench.command("train")
-def bench_train(
-    base: BenchBase = "random",
-    experts: Annotated[list[int], typer.Option(min=1, help="Number of experts; may be given more than once.")] = [4, 9],  # noqa: B006
-    rank: RankOption = 8,
-    batch: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 4,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 128,
-    completion: Annotated[int, typer.Option(min=1, help="Tokens at the end of a row that the loss is on.")] = 16,
-    rounds: RoundsOption = 5,
-    system: SystemOption = None,
-    memory: Annotated[bool, typer.Option(help="Measure memory too, each system in a process of its own.")] = True,
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = "float32",
-    json: JsonOption = None,
-) -> None:
-    """Time and memory per training step of the head: PEFT X-LoRA, xloom; same weights and rows, in turn."""
-    from xloom.cli.bench import train
-
-    train(base, experts, rank, batch, tokens, completion, rounds, system, memory, device, dtype, json)
 
 
 def main() -> None:

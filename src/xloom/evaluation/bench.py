@@ -52,7 +52,7 @@ class Bench:
     def setting(self) -> dict[str, Any]:
         """What speed and memory depend on, beside the model and the questions; as JSON values."""
         return {
-            "device": _device_name(self.model.device),
+            "device": device_name(self.model.device),
             "threads": torch.get_num_threads(),
             "batch_tokens": self.batch_tokens,
             "dtype": str(self.model.base.dtype).removeprefix("torch."),
@@ -116,7 +116,8 @@ class Bench:
         return {name: [ids[:start] for ids, start in self.encode(some[:SAMPLES])] for name, some in found.items()}
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What the processor or the accelerator calls itself."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
