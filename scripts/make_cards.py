@@ -38,7 +38,10 @@ def expert_card(name: str, folder: Path, scores: dict[Any, Any]) -> str:
     data = json.loads((rows_of(name).test.parent / "card.json").read_text())
     recipe, rows = run["recipe"], data["rows"]
     lora = recipe["lora"]
-    packages = ", ".join(f"{p['name']} {p['version']} ({p['licence']})" for p in data["packages"]) or "a pulling model, computed"
+    packages = (
+        ", ".join(f"{p['name']} {p['version']} ({p['licence']})" for p in data["packages"])
+        or "a pulling model, computed"
+    )
     lines = [
         HEADER.format(library="peft", tags="lora, xloom", name=name, about=data["about"]),
         f"A LoRA adapter of SmolLM2-135M-Instruct, one of the seven of xloom's suite. Again: `xloom train-expert "

@@ -281,7 +281,7 @@ class HeadRecipe(Recipe):
             self.refuse("drop_sites_below_gate", "head.gate_at_layer beside it", "none")
         if self.label_steps is not None and (self.init != "labels" or self.label_steps < self.max_steps):
             self.refuse(
-                "label_steps", f"init: labels beside it, and max_steps={self.max_steps} or more", self.label_steps
+                "label_steps", f"init: labels beside it, and max_steps={self.max_steps} or more", str(self.label_steps)
             )
         for key in ("start_temperature", "init") if not config.enable_softmax else ():
             if getattr(self, key) not in (None, "zero", "random"):
