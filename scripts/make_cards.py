@@ -56,7 +56,7 @@ def expert_card(name: str, folder: Path, scores: dict[Any, Any]) -> str:
         f"- loss per token on the validation rows: {run['validation']['loss']:.3f} (base "
         f"{run['references']['base']['loss']:.2f})",
         "",
-        "Score on the test rows, greedy, with 95 % intervals:",
+        f"Score on the first {asked(scores)} test rows of each set at most, greedy, with 95 % intervals:",
         "",
         "| task | this expert | best constant answer | base |",
         "|---|---|---|---|",
@@ -81,10 +81,10 @@ def model_card(name: str, folder: Path, scores: dict[Any, Any]) -> str:
             about=f"X-LoRA over the seven experts of xloom's suite, in {passes}. The experts stay in `experts/`.",
         ),
         f"Again: `xloom train recipes/suite/{name}.yaml`. Head: `{json.dumps(run['recipe']['head'])}`, trained "
-        f"on labels alone (`init: labels`, the rows of {run['recipe']['label_steps']} batches of "
+        f"on labels alone (`init: labels`, `label_steps: {run['recipe']['label_steps']}`, batches of "
         f"{run['recipe']['batch_size']}), seed {run['recipe']['seed']}, on a CPU. The head is Apache-2.0.",
         "",
-        "Score on the test rows, greedy, with 95 % intervals:",
+        f"Score on the first {asked(scores)} test rows of each set at most, greedy, with 95 % intervals:",
         "",
         "| | this model | Oracle |",
         "|---|---|---|",
@@ -93,6 +93,11 @@ def model_card(name: str, folder: Path, scores: dict[Any, Any]) -> str:
         cells = [cell(scores, s, domain, None) for s in (system, "oracle")]
         lines.append(f"| {domain} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def asked(scores: dict[Any, Any]) -> int:
+    """Questions of the largest set."""
+    return max(row["items"] for (_, domain, _), row in scores.items() if domain != "mean")
 
 
 def cell(scores: dict[Any, Any], system: str, domain: str, task: str | None) -> str:

@@ -18,6 +18,7 @@ from xloom.experts import Expert, LowRank
 from xloom.fused import frozen_mix, narrow_mix, spread_over_ranks
 from xloom.mixture import Mixture, Router, Site, dora_gain
 from xloom.modules import dense_weight
+from xloom.routers import HiddenStateRouter
 
 F64 = torch.float64
 
@@ -621,7 +622,7 @@ def test_spread_over_ranks_at_once_is_site_by_site(tokens, ranks, same, most, se
     W, A, B = (torch.randn(*shape, **o) for shape in ((4, 6), (R, 6), (4, R)))
     x = torch.randn(1, tokens, 6, **o)
     found = spread_over_ranks(scalings, spread, ranks, most)
-    few = same and most is not None and 2 * tokens * most <= experts
+    few = len(set(ranks)) == 1 and most is not None and 2 * tokens * most <= experts
     for s, weights in enumerate(found):
         assert (weights.rows_R is not None) == few
         assert not few or len(weights.rows_R) == tokens * most * ranks[0], "no more is read than the tokens can need"
@@ -647,3 +648,38 @@ def test_a_model_without_gradients_is_the_same_as_with(llama, tmp_path, top_k, t
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(model(ids[:, :1]).logits, expected[:, :1], rtol=1e-5, atol=1e-5)
     assert len(calls) == (2 * len(model.sites) if targets[0] == targets[1] else 0)
+
+
+class Flat(HiddenStateRouter):
+    """All experts alike, whatever `top_k_lora` says."""
+
+    def decide(self, logits_BTSC, config, experts):
+        return torch.full((*logits_BTSC.shape[:-1], len(experts)), 0.5)
+
+
+def test_a_router_that_ignores_top_k_keeps_all_its_experts(llama, tmp_path):
+    paths = {f"e{n}": make_expert(llama, tmp_path / f"{n}", n, r=2, target_modules="all-linear") for n in range(4)}
+    model = XLoraForCausalLM.from_experts(llama, paths, layerwise_scalings=True, top_k_lora=1)
+    ids = torch.arange(1)[None]
+    with model.routing(Flat()):
+        expected = model(ids).logits.detach()
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_replay_keeps_nothing_of_the_model_that_it_was_used_with(llama, tmp_path):
+    paths = {f"e{n}": make_expert(llama, tmp_path / f"{n}", n, r=2, target_modules="all-linear") for n in range(2)}
+    model = XLoraForCausalLM.from_experts(llama, paths, layerwise_scalings=True)
+    ids = torch.arange(3)[None]
+    with torch.no_grad():
+        scalings = model(ids).scalings.clone()
+        replay = routers.Precomputed(scalings)
+        for weight in (1.0, 2.0):
+            model.config.global_scaling_weight = weight
+            with model.routing(replay):
+                found = model(ids).logits
+            with model.routing(routers.Precomputed(scalings)):
+                torch.testing.assert_close(found, model(ids).logits)
+        scalings.mul_(0.5)
+        with model.routing(replay):
+            assert not torch.allclose(model(ids).logits, found)

@@ -160,6 +160,8 @@ class Site(nn.Module):
             return None
         if torch.is_autocast_enabled(x.device.type) or scalings.shape[:-1] != x.shape[:-1]:
             return None
+        if scalings.device != x.device:
+            return None
         W, b, A = base._parameters.get("weight"), base._parameters.get("bias"), self._buffers.get("A_RI")
         B, spread = self._buffers.get("B_OR"), self._buffers.get("spread_NR")
         if (
@@ -340,8 +342,10 @@ class Mixture:
     def spread_over_ranks(self, scalings_MSN: Tensor, most: int | None) -> list[RankWeights]:
         """That of `fused` for few tokens and experts of the same ranks and scales everywhere; else nothing."""
         first = self.sites[0]
-        if len(scalings_MSN) > _FEW_TOKENS or any(
-            site.ranks != first.ranks or site.scales != first.scales for site in self.sites
+        if (
+            scalings_MSN.device != first.spread_NR.device
+            or len(scalings_MSN) > _FEW_TOKENS
+            or any(site.ranks != first.ranks or site.scales != first.scales for site in self.sites)
         ):
             return []
         scalings_MSN = scalings_MSN if self.global_weight == 1.0 else scalings_MSN * self.global_weight

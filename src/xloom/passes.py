@@ -282,7 +282,8 @@ class TwoPassModel(PreTrainedModel):
             # experts on the language-model head have scalings of all tokens
             return given if self.adapts_lm_head else (given[0][:, mixed], *given[1:])
 
-        router = Precomputed(scalings_TSN[None], most=self.config.top_k_lora)
+        assert isinstance(self._router, HiddenStateRouter)
+        router = Precomputed(scalings_TSN[None], once=True, most=self._router.most(self.config))
         hook = self.base.get_output_embeddings().register_forward_pre_hook(take)
         try:
             with torch.no_grad(), self.mixture.routed_by(router):
@@ -310,7 +311,7 @@ class TwoPassModel(PreTrainedModel):
         if split:
             split.append_pools(states)
         scalings_BTSN = self._router.decide(self.head(features_BTF), self.config, self.experts)
-        return Precomputed(scalings_BTSN, most=self.config.top_k_lora)
+        return Precomputed(scalings_BTSN, once=True, most=self._router.most(self.config))
 
     @contextmanager
     def _gated(

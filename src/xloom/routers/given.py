@@ -77,15 +77,16 @@ class Precomputed(Router):
     """Scalings [B, T, S, N] known beforehand: those of the head, or a replay.
 
     Args:
-        most: at most so many experts of a token have a scaling other than 0 at a site, None: any number.
+        once: for one forward of one model, which may then work for all sites at once.
+        most: with `once`: at most so many experts of a token have a scaling other than 0 at a site; None: any number.
     """
 
-    def __init__(self, scalings_BTSN: Tensor, *, most: int | None = None) -> None:
+    def __init__(self, scalings_BTSN: Tensor, *, once: bool = False, most: int | None = None) -> None:
         if scalings_BTSN.ndim != 4:
             raise ScalingsShapeError(f"expected scalings [B, T, S, N], found shape {tuple(scalings_BTSN.shape)}")
         self.scalings_BTSN = scalings_BTSN
         self._by_site = scalings_BTSN.unbind(2)  # one stack in the backward pass, not a zero-filled tensor per site
-        self._most = most
+        self._once, self._most = once, most
         self._rank_weights: list[RankWeights] | None = None
 
     def scalings(self, site: Site, x: Tensor) -> Tensor | None:
@@ -96,6 +97,8 @@ class Precomputed(Router):
         return self._by_site[site.index]
 
     def rank_weights(self, site: Site) -> RankWeights | None:
+        if not self._once:
+            return None
         if self._rank_weights is None:
             self._rank_weights = site.mixture.spread_over_ranks(self.scalings_BTSN.flatten(0, 1), self._most)
         return self._rank_weights[site.index] if self._rank_weights else None

@@ -25,6 +25,10 @@ class HiddenStateRouter(Router):
     def decide(self, logits_BTSC: Tensor, config: XLoraConfig, experts: Sequence[str]) -> Tensor:
         """Scalings [B, T, S, N]."""
 
+    def most(self, config: XLoraConfig) -> int | None:
+        """How many experts of a token can have a scaling other than 0 at a site; None: any number."""
+        return None
+
     @final
     def scalings(self, site: Site, x: Tensor) -> Tensor | None:
         raise RuntimeError("the model asks `decide` before the sites ask")
@@ -68,3 +72,6 @@ class XLora(HiddenStateRouter):
         if self.bias:
             bias_N = logits_BTSC.new_tensor([self.bias.get(e, 0.0) for e in experts])
         return gate(logits_BTSC, config, allowed_N=allowed_N, bias_N=bias_N)
+
+    def most(self, config: XLoraConfig) -> int | None:
+        return config.top_k_lora

@@ -50,6 +50,9 @@ class Watched(HiddenStateRouter):
         self.shares_BTSC = torch.softmax(logits_BTSC / config.softmax_temperature, dim=-1)
         return XLora().decide(logits_BTSC, config, experts)
 
+    def most(self, config: XLoraConfig) -> int | None:
+        return config.top_k_lora
+
 
 class HeadTrainer(CompletionTrainer):
     """The shared loop with the terms of the head; checkpoints hold the head, and the experts where they are trained."""

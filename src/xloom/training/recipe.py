@@ -152,8 +152,8 @@ class HeadRecipe(Recipe):
         init: "zero" starts from equal scalings, "random" as torch makes a Linear, "arrow" from a least-squares fit to
             what Arrow routing (arXiv 2405.11157) does on some of the rows, "labels" from training on the routing term
             alone, which takes seconds because it needs no pass with experts.
-        label_steps: with init "labels": the rows that so many steps would draw take part in that start; by default
-            those of `max_steps`. More rows cost little there.
+        label_steps: with init "labels": that start sees what so many steps would draw, up to as many draws as there are
+            different rows among them; by default `max_steps`. More rows cost little there.
         routing_weight: of the cross-entropy between a row's mean share and its right expert.
         soft_labels: what rows without a right expert are held against: each expert's own likelihood of the whole
             completion ("row") or of each of its tokens ("token"); "off" leaves them to the next-token loss.
