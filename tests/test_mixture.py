@@ -12,13 +12,15 @@ from peft import PeftModel
 from torch import nn
 
 from tiny import make_expert, prompt, tiny_base
-from xloom import XLoraForCausalLM, mixture, routers
+from xloom import XLoraForCausalLM, routers
+from xloom import site as site_module
 from xloom.errors import ConfigError, NoMatchingSiteError, ScalingsShapeError
 from xloom.experts import Expert, LowRank
 from xloom.fused import frozen_mix, narrow_mix, spread_over_ranks
-from xloom.mixture import Mixture, Router, Site, dora_gain
+from xloom.mixture import Mixture
 from xloom.modules import dense_weight
 from xloom.routers import HiddenStateRouter
+from xloom.site import Router, Site, dora_gain
 
 F64 = torch.float64
 
@@ -575,7 +577,7 @@ def test_the_fused_site_is_the_plain_one(leading, bias):
 
 def test_when_a_site_is_fused(llama, expert_paths, monkeypatch):
     calls = []
-    monkeypatch.setattr(mixture, "frozen_mix", lambda *args: (calls.append(1), frozen_mix(*args))[1])
+    monkeypatch.setattr(site_module, "frozen_mix", lambda *args: (calls.append(1), frozen_mix(*args))[1])
     model = XLoraForCausalLM.from_experts(llama, expert_paths, layerwise_scalings=True)
     ids = torch.arange(5)[None]
 
@@ -640,7 +642,7 @@ def test_a_model_without_gradients_is_the_same_as_with(llama, tmp_path, top_k, t
     options = {"layerwise_scalings": True, "top_k_lora": top_k, "global_scaling_weight": 0.7}
     model = XLoraForCausalLM.from_experts(llama, paths, **options)
     calls = []
-    monkeypatch.setattr(mixture, "narrow_mix", lambda *args: (calls.append(1), narrow_mix(*args))[1])
+    monkeypatch.setattr(site_module, "narrow_mix", lambda *args: (calls.append(1), narrow_mix(*args))[1])
     ids = torch.arange(5)[None]
     expected = model(ids).logits.detach()
     assert not calls

@@ -23,9 +23,9 @@ from xloom.errors import ConfigError, DataError, NotExportableError, names
 from xloom.experts import CONFIG_FILE, WEIGHTS_FILE, Expert, LowRank
 from xloom.files import new_folder, write_json
 from xloom.merging import check_output, plain_config
-from xloom.mixture import Site
 from xloom.model import XLoraForCausalLM
 from xloom.routers import BaseOnly, Single
+from xloom.site import Site
 from xloom.training.data import Example, collate
 from xloom.training.objective import IGNORED, token_losses
 

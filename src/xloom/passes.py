@@ -24,8 +24,9 @@ from xloom.config import XLoraConfig
 from xloom.errors import ConfigError
 from xloom.experts import Expert
 from xloom.gating import PoolState, ScalingHead, scaling_pass_scalings
-from xloom.mixture import Mixture, Router
+from xloom.mixture import Mixture
 from xloom.routers import Fixed, HiddenStateRouter, Precomputed, XLora
+from xloom.site import Router
 from xloom.trace import ScalingsLog
 
 
@@ -256,44 +257,6 @@ class TwoPassModel(PreTrainedModel):
         self.log(scalings)
         return out, scalings
 
-    def joint_pass(
-        self, scalings_TSN: Tensor, scaling: slice, split: CacheViews, **inputs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens of both passes as one row, which `attention_mask` [1, 1, T, past + T] keeps apart.
-
-        Args:
-            scalings_TSN: of the tokens of the mixed pass; those of the scaling pass get their own.
-            scaling: the tokens of the scaling pass. The router in charge decides on their scalings.
-            split: one stack for both passes, and the pools.
-            inputs: `input_ids` [1, T], `position_ids`, `attention_mask`.
-
-        Returns:
-            Logits of the other tokens, and the scalings that were decided on.
-        """
-        weights = scaling_pass_scalings(self.config, self.head.linears[0].weight)
-        scalings_TSN[scaling] = 0.0 if weights is None else weights
-        mixed = torch.ones(len(scalings_TSN), dtype=torch.bool, device=scalings_TSN.device)
-        mixed[scaling] = False
-        self.mixture.global_weight = self.config.global_scaling_weight
-        hidden: list[Tensor] = []
-
-        def take(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-            hidden.append(given[0][:, scaling])
-            # experts on the language-model head have scalings of all tokens
-            return given if self.adapts_lm_head else (given[0][:, mixed], *given[1:])
-
-        assert isinstance(self._router, HiddenStateRouter)
-        router = Precomputed(scalings_TSN[None], once=True, most=self._router.most(self.config))
-        hook = self.base.get_output_embeddings().register_forward_pre_hook(take)
-        try:
-            with torch.no_grad(), self.mixture.routed_by(router):
-                logits_TV = self.base(**inputs, past_key_values=split.mixed, use_cache=True, return_dict=True).logits[0]
-        finally:
-            hook.remove()
-        keep_BT = torch.ones(hidden[0].shape[:2], dtype=torch.bool, device=hidden[0].device)
-        decided = self._decide(hidden[0], keep_BT, split).scalings_BTSN[0]
-        return logits_TV[mixed] if self.adapts_lm_head else logits_TV, decided
-
     def _scaling_pass(self, inputs: dict[str, Any], split: CacheViews | None) -> Tensor:
         """Hidden state [B, T, D] after the final norm, from the decoder alone: no logits, no gradients, no dropout."""
         weights = scaling_pass_scalings(self.config, self.head.linears[0].weight)
@@ -351,10 +314,15 @@ class TwoPassModel(PreTrainedModel):
             self.base.base_model(**inputs)
         return seen[0]
 
-    def decide(self, head_states: Tensor, attention_mask: Tensor) -> Tensor:
-        """Scalings [B, T, S, N] of whole rows from `compute_head_states`, by the head and the router in charge."""
+    def decide(self, head_states: Tensor, attention_mask: Tensor, split: CacheViews | None = None) -> Tensor:
+        """Scalings [B, T, S, N] of tokens from what the head reads, by the head and the router in charge.
+
+        Args:
+            head_states: as `compute_head_states` gives them: whole rows, unless `split` holds what came before.
+            split: views of a cache, whose pools go on.
+        """
         tokens = (head_states.shape[0], head_states.shape[1])
-        return self._decide(head_states, self._real_tokens(attention_mask, tokens), None).scalings_BTSN
+        return self._decide(head_states, self._real_tokens(attention_mask, tokens), split).scalings_BTSN
 
     def positions(self, attention_mask: Tensor) -> dict[str, Tensor]:
         """`position_ids` [B, T] of left-padded rows as a keyword, or nothing where the base takes none."""

@@ -7,8 +7,8 @@ from transformers import PreTrainedTokenizerBase
 from tiny import make_experts, tiny_base
 from toy import tiny_tokenizer
 from xloom import XLoraForCausalLM
-from xloom.mixture import Router, Site
 from xloom.seeing.sites import places
+from xloom.site import Router, Site
 
 
 def tiny_model(folder, **fields) -> XLoraForCausalLM:

@@ -19,22 +19,14 @@ from xloom.benchmark.bench_memory import MemoryReport
 from xloom.benchmark.settings import PEFT
 from xloom.benchmark.tables import BASE, Report, SpeedReport
 from xloom.benchmark.train_tables import TrainReport
+from xloom.seeing.plots import COLOURS, GREY, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_OURS, _THEIRS, _GREY = "#0072B2", "#D55E00", "#808080"
-_LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
-_STYLE: Mapping[str, Any] = {
-    "font.size": 8,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "xloom",
-}
+_OURS, _THEIRS = COLOURS[0], COLOURS[4]  # blue and vermilion
+_LINES = (_OURS, _THEIRS, *COLOURS[2:4], COLOURS[1])
 _LOGARITHMIC_FROM = 8.0  # times the shortest bar
 _MOST_IN_A_ROW = 4
 
@@ -99,34 +91,33 @@ def training(report: TrainReport) -> "Figure":
     return _bars(panels, "training step, times faster than PEFT", report, mark=1.0)
 
 
+@styled
 def experts(report: ExpertsReport) -> "Figure":
     """Time per token by the number of experts, times that of four experts, or of the base where four were left out."""
-    from matplotlib import style
     from matplotlib.figure import Figure
 
-    with style.context(["default", dict(_STYLE)]):
-        figure = Figure(figsize=(6.9, 3.1), layout="constrained")
-        tasks = list(dict.fromkeys(row.task for row in report.rows))
-        mixed = [row for row in report.rows if row.experts]
-        relative = all(row.ratio_to_4 is not None for row in mixed)
-        for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-            lines: dict[str, list[tuple[int, float, float, float]]] = {}
-            for row in mixed:
-                values = row.ratio_to_base, row.ratio_low, row.ratio_high
-                if relative:
-                    values = row.ratio_to_4 or 0.0, row.ratio_to_4_low or 0.0, row.ratio_to_4_high or 0.0
-                if row.task == task:
-                    lines.setdefault(row.system, []).append((row.experts, *values))
-            for colour, (name, points) in zip(_LINES, lines.items(), strict=False):
-                counts, middle, low, high = zip(*points, strict=True)
-                axes.plot(counts, middle, color=colour, marker="o", markersize=3, linewidth=1.4, label=name)
-                axes.fill_between(counts, low, high, color=colour, alpha=0.15, linewidth=0)
-            _number_axis(axes, sorted({row.experts for row in mixed}))
-            axes.axhline(1, color=_GREY, linewidth=0.8, linestyle="--")
-            axes.set_title(task)
-        figure.axes[0].set_ylabel(f"time per token, times {f'{COMPARED} experts' if relative else 'the base'}")
-        figure.axes[0].legend(frameon=False)
-        _about(figure, "more experts", report)
+    figure = Figure(figsize=(6.9, 3.1), layout="constrained")
+    tasks = list(dict.fromkeys(row.task for row in report.rows))
+    mixed = [row for row in report.rows if row.experts]
+    relative = all(row.ratio_to_4 is not None for row in mixed)
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        lines: dict[str, list[tuple[int, float, float, float]]] = {}
+        for row in mixed:
+            values = row.ratio_to_base, row.ratio_low, row.ratio_high
+            if relative:
+                values = row.ratio_to_4 or 0.0, row.ratio_to_4_low or 0.0, row.ratio_to_4_high or 0.0
+            if row.task == task:
+                lines.setdefault(row.system, []).append((row.experts, *values))
+        for colour, (name, points) in zip(_LINES, lines.items(), strict=False):
+            counts, middle, low, high = zip(*points, strict=True)
+            axes.plot(counts, middle, color=colour, marker="o", markersize=3, linewidth=1.4, label=name)
+            axes.fill_between(counts, low, high, color=colour, alpha=0.15, linewidth=0)
+        _number_axis(axes, sorted({row.experts for row in mixed}))
+        axes.axhline(1, color=GREY, linewidth=0.8, linestyle="--")
+        axes.set_title(task)
+    figure.axes[0].set_ylabel(f"time per token, times {f'{COMPARED} experts' if relative else 'the base'}")
+    figure.axes[0].legend(frameon=False)
+    _about(figure, "more experts", report)
     return figure
 
 
@@ -138,6 +129,7 @@ def _number_axis(axes: "Axes", counts: Sequence[int]) -> None:
     axes.set_ylim(bottom=0)
 
 
+@styled
 def _bars(
     panels: Mapping[str, Sequence[Bar]],
     title: str,
@@ -148,7 +140,6 @@ def _bars(
     form: str = "{:.2f}",
 ) -> "Figure":
     """A panel for each key, all on the scale of the `mark` where there is one."""
-    from matplotlib import style
     from matplotlib.figure import Figure
 
     columns = min(len(panels), most_in_a_row)
@@ -156,24 +147,23 @@ def _bars(
     tallest = max(len(bars) for bars in panels.values())
     values = [bar.value for bars in panels.values() for bar in bars]
     logarithmic = mark is not None and max(values) > _LOGARITHMIC_FROM * min(values)
-    with style.context(["default", dict(_STYLE)]):
-        figure = Figure(figsize=(1.9 + 2.5 * columns, 0.9 + rows * (0.5 + 0.2 * tallest)), layout="constrained")
-        grid = figure.subplots(rows, columns, squeeze=False, sharex=mark is not None).flatten()
-        before: list[str] = []
-        for place, (axes, (where, bars)) in enumerate(zip(grid, panels.items(), strict=False)):
-            _panel(axes, bars, mark, form, logarithmic)
-            axes.set_title(where)
-            names = [bar.name for bar in bars]
-            axes.tick_params(labelleft=not place % columns or names != before, labelbottom=True)
-            before = names
-        highest = max(max(bar.value, bar.high) for bars in panels.values() for bar in bars)
-        if mark is not None:
-            lowest = min(min(bar.value, bar.low) for bars in panels.values() for bar in bars)
-            limits = (min(lowest, mark) / 1.3, highest * 2.2) if logarithmic else (0, highest * 1.25)
-            grid[0].set_xlim(*limits)
-        for axes in grid[len(panels) :]:
-            axes.remove()
-        _about(figure, title, report)
+    figure = Figure(figsize=(1.9 + 2.5 * columns, 0.9 + rows * (0.5 + 0.2 * tallest)), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=mark is not None).flatten()
+    before: list[str] = []
+    for place, (axes, (where, bars)) in enumerate(zip(grid, panels.items(), strict=False)):
+        _panel(axes, bars, mark, form, logarithmic)
+        axes.set_title(where)
+        names = [bar.name for bar in bars]
+        axes.tick_params(labelleft=not place % columns or names != before, labelbottom=True)
+        before = names
+    highest = max(max(bar.value, bar.high) for bars in panels.values() for bar in bars)
+    if mark is not None:
+        lowest = min(min(bar.value, bar.low) for bars in panels.values() for bar in bars)
+        limits = (min(lowest, mark) / 1.3, highest * 2.2) if logarithmic else (0, highest * 1.25)
+        grid[0].set_xlim(*limits)
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    _about(figure, title, report)
     return figure
 
 
@@ -196,14 +186,14 @@ def _panel(axes: "Axes", bars: Sequence[Bar], mark: float | None, form: str, log
     elif mark is None:
         axes.set_xlim(0, 1.25 * max(max(bar.value, bar.high) for bar in bars))
     if mark is not None:
-        axes.axvline(mark, color=_GREY, linewidth=0.8, linestyle="--", zorder=0)
+        axes.axvline(mark, color=GREY, linewidth=0.8, linestyle="--", zorder=0)
     axes.set_yticks(range(len(bars)), [bar.name for bar in bars])
     axes.set_ylim(len(bars) - 0.5, -0.5)
 
 
 def _colour(name: str) -> str:
     if name == BASE or name.startswith(f"{BASE}-"):
-        return _GREY
+        return GREY
     return _THEIRS if name.startswith(PEFT) else _OURS
 
 

@@ -15,15 +15,16 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 
 from xloom import architecture
 from xloom.cache import CacheViews, views
 from xloom.decoding import working
 from xloom.decoding.attention import grouped
+from xloom.gating import scaling_pass_scalings
 from xloom.passes import TwoPassModel
-from xloom.routers import HiddenStateRouter
+from xloom.routers import HiddenStateRouter, Precomputed
 
 
 class Stepped(NamedTuple):
@@ -134,7 +135,8 @@ class Joint(Stepper):
         scalings = torch.cat([used_WSN, used_WSN[exact:]])
         split = CacheViews(self._slots.cache, self._slots.cache, self._pools)
         with grouped(self.model.base):
-            out = self.model.joint_pass(
+            out = _joint_pass(
+                self.model,
                 scalings,
                 scaling,
                 split,
@@ -170,6 +172,44 @@ class Joint(Stepper):
             kind: self._slots.mask(positions, passes, self.model.base.dtype, size) for kind, size in windows.items()
         }
         return made if len(made) > 1 else next(iter(made.values()))
+
+
+def _joint_pass(
+    model: TwoPassModel, scalings_TSN: Tensor, scaling: slice, split: CacheViews, **inputs: Any
+) -> tuple[Tensor, Tensor]:
+    """Tokens of both passes as one row, which `attention_mask` [1, 1, T, past + T] keeps apart.
+
+    Args:
+        scalings_TSN: of the tokens of the mixed pass; those of the scaling pass get their own.
+        scaling: the tokens of the scaling pass. The router in charge decides on their scalings.
+        split: one stack for both passes, and the pools.
+        inputs: `input_ids` [1, T], `position_ids`, `attention_mask`.
+
+    Returns:
+        Logits of the other tokens, and the scalings that were decided on.
+    """
+    weights = scaling_pass_scalings(model.config, model.head.linears[0].weight)
+    scalings_TSN[scaling] = 0.0 if weights is None else weights
+    mixed = torch.ones(len(scalings_TSN), dtype=torch.bool, device=scalings_TSN.device)
+    mixed[scaling] = False
+    model.mixture.global_weight = model.config.global_scaling_weight
+    hidden: list[Tensor] = []
+
+    def take(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden.append(given[0][:, scaling])
+        # experts on the language-model head have scalings of all tokens
+        return given if model.adapts_lm_head else (given[0][:, mixed], *given[1:])
+
+    assert isinstance(model.router, HiddenStateRouter)
+    router = Precomputed(scalings_TSN[None], once=True, most=model.router.most(model.config))
+    hook = model.get_output_embeddings().register_forward_pre_hook(take)
+    try:
+        with torch.no_grad(), model.mixture.routed_by(router):
+            logits_TV = model.base(**inputs, past_key_values=split.mixed, use_cache=True, return_dict=True).logits[0]
+    finally:
+        hook.remove()
+    decided = model.decide(hidden[0], hidden[0].new_ones(hidden[0].shape[:2]), split)[0]
+    return logits_TV[mixed] if model.adapts_lm_head else logits_TV, decided
 
 
 def _same(one: Sequence[int], other: Sequence[int]) -> int:

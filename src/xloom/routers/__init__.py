@@ -10,11 +10,11 @@ Use one for a while with `with model.routing(router): ...`.
     words      routers by word: `read_router`
 """
 
-from xloom.mixture import Router
 from xloom.routers.centroid import Centroid
 from xloom.routers.factors import Arrow, NormStatistics, SpectR, arrow, norms_reference
 from xloom.routers.given import BaseOnly, Fixed, Oracle, PerRow, Precomputed, Single, Uniform, check_known
 from xloom.routers.head import HiddenStateRouter, XLora
+from xloom.site import Router
 
 __all__ = [
     "Arrow", "BaseOnly", "Centroid", "Fixed", "HiddenStateRouter", "NormStatistics", "Oracle", "PerRow", "Precomputed",

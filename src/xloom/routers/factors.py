@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from xloom.errors import ConfigError, ScalingsShapeError, names
 from xloom.experts import LowRank
 from xloom.gating import top_k_mask
-from xloom.mixture import Router, Site
 from xloom.routers.given import check_known
+from xloom.site import Router, Site
 
 if TYPE_CHECKING:
     from xloom.passes import TwoPassModel

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from xloom.errors import ScalingsShapeError, UnknownExpertError, names
 from xloom.fused import RankWeights
-from xloom.mixture import Router, Site
+from xloom.site import Router, Site
 
 
 @final

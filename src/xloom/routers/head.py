@@ -14,8 +14,8 @@ from torch import Tensor
 from xloom.config import XLoraConfig
 from xloom.errors import ConfigError, names
 from xloom.gating import gate
-from xloom.mixture import Router, Site
 from xloom.routers.given import check_known
+from xloom.site import Router, Site
 
 
 class HiddenStateRouter(Router):

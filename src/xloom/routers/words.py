@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from xloom.errors import ConfigError, names, near
-from xloom.mixture import Router
 from xloom.routers.factors import Arrow, SpectR
 from xloom.routers.given import BaseOnly, Fixed, Single, Uniform, check_known
 from xloom.routers.head import XLora
+from xloom.site import Router
 
 HEAD = "xlora"  # the model's own head
 _TOP = re.compile(r"top([1-9]\d*)")

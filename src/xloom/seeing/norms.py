@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from xloom.cache import new_cache
-from xloom.mixture import Site
 from xloom.model import XLoraForCausalLM
+from xloom.site import Site
 
 READ_AT_ONCE = 256  # tokens of a forward
 

@@ -53,7 +53,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _styled(draw: Callable[P, R]) -> Callable[P, R]:
+def styled(draw: Callable[P, R]) -> Callable[P, R]:
     """matplotlib's own settings and ours, whatever the caller has set."""
 
     @wraps(draw)
@@ -75,7 +75,7 @@ def look(name: str, experts: Sequence[str]) -> dict[str, Any]:
     return {"facecolor": COLOURS[place % len(COLOURS)], "hatch": hatch, "edgecolor": "white" if hatch else "none"}
 
 
-@_styled
+@styled
 def save(figure: "Figure", path: Path | str) -> None:
     """Writes PNG (300 dots per inch), SVG or PDF; the same figure gives the same bytes.
 
@@ -96,19 +96,19 @@ def save(figure: "Figure", path: Path | str) -> None:
 # --- of summaries ---
 
 
-@_styled
+@styled
 def layers(summary: Summary, *, of: str = ALL) -> "Figure":
     """Mean share of every expert in every layer, as a map. `of` is a class of tokens."""
     return _map(summary.share("layer", of), f"mean share by layer, {_tokens(summary, of)}", "layer")
 
 
-@_styled
+@styled
 def kinds(summary: Summary, *, of: str = ALL) -> "Figure":
     """Mean share of every expert at every kind of module, as a map."""
     return _map(summary.share("kind", of), f"mean share by kind of module, {_tokens(summary, of)}", "")
 
 
-@_styled
+@styled
 def groups(summaries: Mapping[str, Summary], *, of: str = ALL) -> "Figure":
     """Mean shares of several summaries, a bar for each: one for every domain, say.
 
@@ -133,7 +133,7 @@ def groups(summaries: Mapping[str, Summary], *, of: str = ALL) -> "Figure":
     return figure
 
 
-@_styled
+@styled
 def depth(summary: Summary, *, of: str = ALL) -> "Figure":
     """How many experts act at one token and site, and how many over all tokens, by layer (effective numbers)."""
     figure, axes = _figure(2.4)
@@ -150,7 +150,7 @@ def depth(summary: Summary, *, of: str = ALL) -> "Figure":
     return figure
 
 
-@_styled
+@styled
 def co_use(summary: Summary, *, of: str = ALL, within: Literal["site", "token"] = "token") -> "Figure":
     """Experts as discs on a circle, as large as their share; a line between two is as wide as they act together.
 
@@ -183,7 +183,7 @@ def co_use(summary: Summary, *, of: str = ALL, within: Literal["site", "token"] 
 # --- of one text ---
 
 
-@_styled
+@styled
 def timeline(trace: Trace, segments: Sequence[Segment] | None = None) -> "Figure":
     """Shares along the text, stacked; lines where the mixing changes, and the turns of a conversation below.
 
@@ -219,7 +219,7 @@ def timeline(trace: Trace, segments: Sequence[Segment] | None = None) -> "Figure
     return figure
 
 
-@_styled
+@styled
 def ribbon(trace: Trace) -> "Figure":
     """The text itself: each token on the colour of the expert that leads it, fainter where it leads by less."""
     from matplotlib.patches import Rectangle
