@@ -624,12 +624,13 @@ def test_spread_over_ranks_at_once_is_site_by_site(tokens, ranks, same, most, se
     W, A, B = (torch.randn(*shape, **o) for shape in ((4, 6), (R, 6), (4, R)))
     x = torch.randn(1, tokens, 6, **o)
     found = spread_over_ranks(scalings, spread, ranks, most)
-    few = len(set(ranks)) == 1 and most is not None and 2 * tokens * most <= experts
-    for s, weights in enumerate(found):
-        assert (weights.rows_R is not None) == few
-        assert not few or len(weights.rows_R) == tokens * most * ranks[0], "no more is read than the tokens can need"
+    used = int((scalings != 0).any(dim=0).sum(dim=1).max())
+    assert (found.rows_SR is not None) == (len(set(ranks)) == 1 and 2 * used <= experts)
+    for s, weights in enumerate(found.weights_SMR):
+        rows = None if found.rows_SR is None else found.rows_SR[s]
+        assert rows is None or len(rows) == used * ranks[0], "no more is read than the tokens need"
         expected = frozen_mix(x, scalings[None, :, s], W, None, A, B, spread)
-        torch.testing.assert_close(narrow_mix(x, weights, W, None, A, B), expected)
+        torch.testing.assert_close(narrow_mix(x, weights, rows, W, None, A, B.t()), expected)
 
 
 @pytest.mark.parametrize("top_k", [None, 1])

@@ -17,20 +17,21 @@ _HOMES = {
     "XLoraForCausalLM": "xloom.model",
     "XLoraForSequenceClassification": "xloom.classification",
     "errors": "xloom.errors",
+    "refreshing": "xloom.decoding",
     "routers": "xloom.routers",
     "speculative": "xloom.decoding",
 }
 
 __all__ = [
     "Expert", "ScalingHead", "ScalingsLog", "Trace", "XLoraConfig", "XLoraForCausalLM",
-    "XLoraForSequenceClassification", "errors", "routers", "speculative",
+    "XLoraForSequenceClassification", "errors", "refreshing", "routers", "speculative",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from xloom import errors, routers
     from xloom.classification import XLoraForSequenceClassification
     from xloom.config import XLoraConfig
-    from xloom.decoding import speculative
+    from xloom.decoding import refreshing, speculative
     from xloom.experts import Expert
     from xloom.gating import ScalingHead
     from xloom.model import XLoraForCausalLM

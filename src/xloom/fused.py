@@ -29,41 +29,43 @@ def frozen_mix(
 
 
 class RankWeights(NamedTuple):
-    """Weights [M, R] of one site's ranks; with `rows`, of these ranks alone, the others have none."""
+    """For every site, the weights [M, R] of its ranks; with `rows_SR`, of these ranks alone, the others have none."""
 
-    weights_MR: Tensor
-    rows_R: Tensor | None
+    weights_SMR: Sequence[Tensor]
+    rows_SR: Sequence[Tensor] | None
 
 
-def spread_over_ranks(
-    scalings_MSN: Tensor, spread_NR: Tensor, ranks: Sequence[int], most: int | None
-) -> list[RankWeights]:
-    """For every site, what its ranks are multiplied with.
+def spread_over_ranks(scalings_MSN: Tensor, spread_NR: Tensor, ranks: Sequence[int], most: int | None) -> RankWeights:
+    """What the ranks of every site are multiplied with.
 
     Args:
         spread_NR: the same at all sites.
         ranks: of the experts.
-        most: experts of a token that may have a scaling other than 0; None: all. It spares the device an answer.
+        most: experts of a token that may have a scaling other than 0; None: all. On a CPU those that have are counted.
     """
     weights_MSR = scalings_MSN.to(spread_NR.dtype) @ spread_NR
     experts, rank = len(ranks), ranks[0]
-    used = experts if most is None else len(scalings_MSN) * most
+    used_SN = (scalings_MSN != 0).any(dim=0)
+    # elsewhere counting would stall the device
+    used = int(used_SN.sum(dim=1).max()) if used_SN.device.type == "cpu" else len(scalings_MSN) * (most or experts)
     if 2 * used > experts or any(other != rank for other in ranks):
-        return [RankWeights(weights_MR, None) for weights_MR in weights_MSR.unbind(1)]
+        return RankWeights(weights_MSR.unbind(1), None)
     # Sites with fewer experts in use get some that have weight 0, so that all have as many.
-    chosen_SU = (scalings_MSN != 0).any(dim=0).byte().topk(used, dim=-1).indices
+    chosen_SU = used_SN.byte().topk(used, dim=-1).indices
     rows_SR = (chosen_SU[..., None] * rank + torch.arange(rank, device=chosen_SU.device)).flatten(1)
     weights_MSR = weights_MSR.gather(2, rows_SR.expand(len(weights_MSR), -1, -1))
-    return [RankWeights(*pair) for pair in zip(weights_MSR.unbind(1), rows_SR.unbind(0), strict=True)]
+    return RankWeights(weights_MSR.unbind(1), rows_SR.unbind(0))
 
 
-def narrow_mix(x: Tensor, of: RankWeights, W_OI: Tensor, b_O: Tensor | None, A_RI: Tensor, B_OR: Tensor) -> Tensor:
+def narrow_mix(
+    x: Tensor, weights_MR: Tensor, rows_R: Tensor | None, W_OI: Tensor, b_O: Tensor | None, A_RI: Tensor, B_RO: Tensor
+) -> Tensor:
     """What `frozen_mix` gives, without gradients."""
-    x_MI, B_RO = x.reshape(-1, x.shape[-1]), B_OR.t()
-    if of.rows_R is not None:
-        A_RI, B_RO = A_RI.index_select(0, of.rows_R), B_RO.index_select(0, of.rows_R)
-    y_MO = F.linear(x_MI, W_OI, b_O).addmm_(F.linear(x_MI, A_RI) * of.weights_MR, B_RO)
-    return y_MO.view(*x.shape[:-1], -1)
+    x_MI = x.reshape(-1, x.shape[-1])
+    if rows_R is not None:
+        A_RI, B_RO = A_RI.index_select(0, rows_R), B_RO.index_select(0, rows_R)
+    y_MO = F.linear(x_MI, W_OI, b_O).addmm_(F.linear(x_MI, A_RI).mul_(weights_MR), B_RO)
+    return y_MO if x.ndim == 2 else y_MO.view(*x.shape[:-1], -1)
 
 
 def _mixed(

@@ -98,18 +98,21 @@ class Mixture:
             self._record[site.index] = scalings.detach()
         return scalings if self.global_weight == 1.0 else scalings * self.global_weight
 
-    def rank_weights(self, site: Site) -> RankWeights | None:
-        return None if self.router is None else self.router.rank_weights(site)
+    def rank_weights(self) -> RankWeights | None:
+        """Of all sites, where the router can say them at once and nobody asks what it answered each."""
+        return None if self.router is None or self._record is not None else self.router.rank_weights(self)
 
-    def spread_over_ranks(self, scalings_MSN: Tensor, most: int | None) -> list[RankWeights]:
+    def spread_over_ranks(self, scalings_MSN: Tensor, most: int | None) -> RankWeights | None:
         """That of `fused` for few tokens and experts of the same ranks and scales everywhere; else nothing."""
         first = self.sites[0]
         if (
             scalings_MSN.device != first.spread_NR.device
             or len(scalings_MSN) > _FEW_TOKENS
+            or scalings_MSN.shape[1:] != (len(self.sites), len(self.expert_names))
+            or torch.is_autocast_enabled(scalings_MSN.device.type)
             or any(site.ranks != first.ranks or site.scales != first.scales for site in self.sites)
         ):
-            return []
+            return None
         scalings_MSN = scalings_MSN if self.global_weight == 1.0 else scalings_MSN * self.global_weight
         return spread_over_ranks(scalings_MSN, first.spread_NR, first.ranks, most)
 

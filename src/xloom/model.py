@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from xloom import checkpoints
 from xloom.config import XLoraConfig
-from xloom.decoding import Speculative, Step, steps
+from xloom.decoding import Decoding, Speculative, Step, steps
 from xloom.errors import ModulesToSaveError
 from xloom.experts import Expert
 from xloom.loading import XLoraModel
@@ -115,6 +115,7 @@ class XLoraForCausalLM(XLoraModel, GenerationMixin):
         tokenizer: Any = None,
         *,
         speculative: Speculative | bool = False,
+        custom_generate: Decoding | None = None,
         **options: Any,
     ) -> Iterator[Step]:
         """Token by token, each with its text, log-probability and the scalings that wrote it.
@@ -123,12 +124,13 @@ class XLoraForCausalLM(XLoraModel, GenerationMixin):
             input_ids: [1, T].
             tokenizer: gives each step its text; without one it is empty.
             speculative: True, or `xloom.speculative(...)`, writes the same text in fewer forwards.
+            custom_generate: another way to write, as `xloom.refreshing(...)`.
             options: as `generate` takes them (`max_new_tokens`, `do_sample`, `attention_mask`, ...).
 
         Raises:
-            ConfigError: more than one sequence, beams.
+            ConfigError: more than one sequence, beams, two ways to write.
         """
-        return steps(self, input_ids, tokenizer, speculative=speculative, **options)
+        return steps(self, input_ids, tokenizer, speculative=speculative, custom_generate=custom_generate, **options)
 
     def prepare_inputs_for_generation(
         self,

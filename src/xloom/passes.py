@@ -154,6 +154,11 @@ class TwoPassModel(PreTrainedModel):
     def router(self) -> Router:
         return self._router
 
+    @property
+    def runs_two_passes(self) -> bool:
+        """Whether the router in charge reads hidden states that a pass of their own gives."""
+        return isinstance(self._router, HiddenStateRouter) and self._gate_layer is None
+
     @contextmanager
     def routing(self, router: Router) -> Iterator[None]:
         """Scalings come from `router` inside the block: `with model.routing(routers.Uniform()): ...`."""
@@ -243,8 +248,8 @@ class TwoPassModel(PreTrainedModel):
             return decided[-1]
 
         router: Router | None = self._router
-        if gating and self._gate_layer is None:
-            router = decide(self._scaling_pass(inputs, split) if head_states is None else head_states)
+        if self.runs_two_passes:
+            router = decide(self.scaling_pass(inputs, split) if head_states is None else head_states)
         elif gating:
             router = None  # until the gate layer is reached
         asked: dict[int, Tensor] = {}
@@ -257,8 +262,13 @@ class TwoPassModel(PreTrainedModel):
         self.log(scalings)
         return out, scalings
 
-    def _scaling_pass(self, inputs: dict[str, Any], split: CacheViews | None) -> Tensor:
-        """Hidden state [B, T, D] after the final norm, from the decoder alone: no logits, no gradients, no dropout."""
+    def scaling_pass(self, inputs: dict[str, Any], split: CacheViews | None) -> Tensor:
+        """Hidden state [B, T, D] after the final norm, from the decoder alone: no logits, no gradients, no dropout.
+
+        Args:
+            inputs: as the base's decoder takes them.
+            split: views of a cache, whose first stack goes on.
+        """
         weights = scaling_pass_scalings(self.config, self.head.linears[0].weight)
         router = None if weights is None else Fixed(dict(zip(self.experts, weights.tolist(), strict=True)))
         past = split.scaling if split else None
@@ -309,7 +319,7 @@ class TwoPassModel(PreTrainedModel):
         if attention_mask is not None:
             inputs |= {"attention_mask": attention_mask, **self.positions(attention_mask)}
         if self._gate_layer is None:
-            return self._scaling_pass(inputs, None)
+            return self.scaling_pass(inputs, None)
         with torch.no_grad(), _evaluating(self.base), self._gate_layer.only_below() as seen:
             self.base.base_model(**inputs)
         return seen[0]

@@ -11,7 +11,7 @@ Letters: B batch  T tokens  I in-features  O out-features  N experts  R sum of t
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +38,18 @@ class Router(ABC):
                 token ids [B, T] at an embedding.
         """
 
-    def rank_weights(self, site: "Site") -> RankWeights | None:
-        """The same, spread over the ranks, where it was done for all sites at once; the site does it otherwise."""
+    def rank_weights(self, mixture: "Mixture") -> RankWeights | None:
+        """The same for all sites, spread over their ranks, where it can be done at once; a site does it otherwise."""
         return None
+
+
+class _Frozen(NamedTuple):
+    W: Tensor
+    b: Tensor | None
+    A: Tensor
+    B: Tensor
+    spread: Tensor
+    narrow: tuple[Tensor, Tensor | None, Tensor, Tensor]  # W, b, A, B as `narrow_mix` takes them
 
 
 class Site(nn.Module):
@@ -114,6 +123,7 @@ class Site(nn.Module):
             self.register_buffer("B_dora_OR", self.B_OR * torch.cat(per_rank, dim=1).to(**place), persistent=False)
         self.register_buffer("magnitude_NO", magnitude)
         self.register_buffer("dora_NO", dora, persistent=False)
+        self._frozen: _Frozen | None = None
         self._is_plain = not self.is_embedding and bias is None and dora is None
 
     def _own(self, name: str, tensor: Tensor | None, trainable: bool) -> None:
@@ -134,43 +144,45 @@ class Site(nn.Module):
     # --- forward ---
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not args and not kwargs and not torch.is_grad_enabled():
+            known = self.mixture.rank_weights()
+            if known is not None:
+                weights_MR, rows_SR = known.weights_SMR[self.index], known.rows_SR
+                frozen = self._frozen_parts(x, weights_MR)
+                if frozen is not None and x.numel() == len(weights_MR) * x.shape[-1]:
+                    rows_R = None if rows_SR is None else rows_SR[self.index]
+                    return narrow_mix(x, weights_MR, rows_R, *frozen.narrow)
         scalings = self.mixture.scalings(self, x)
-        if scalings is not None and not args and not kwargs:
-            parts = self._frozen_parts(x, scalings)
-            if parts is not None:
-                weights = None if torch.is_grad_enabled() else self.mixture.rank_weights(self)
-                if weights is not None:
-                    return narrow_mix(x, weights, *parts[:-1])
-                return frozen_mix(x, scalings.to(x.dtype), *parts)
+        if scalings is not None and not args and not kwargs and scalings.shape[:-1] == x.shape[:-1]:
+            frozen = self._frozen_parts(x, scalings)
+            if frozen is not None and not torch.is_autocast_enabled(x.device.type):
+                return frozen_mix(x, scalings.to(x.dtype), frozen.W, frozen.b, frozen.A, frozen.B, frozen.spread)
         y: Tensor = self.base(x, *args, **kwargs)
         return y if scalings is None else y + self.delta(x, scalings, y).to(y.dtype)
 
-    def _frozen_parts(self, x: Tensor, scalings: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor] | None:
-        """W, b, A, B and spread of a frozen linear module of one dtype, with nobody listening to its own output.
+    def _frozen_parts(self, x: Tensor, weights: Tensor) -> "_Frozen | None":
+        """What a frozen linear module of one dtype is made of, with nobody listening to its own output.
 
-        Asked by every site for every token: looked up where they lie, as attributes of modules cost more than products.
+        Asked by every site for every token, so found once, and again when a tensor was replaced.
         """
+        frozen = self._frozen
         base: Any = self._modules["base"]
-        if not self._is_plain or type(base) is not nn.Linear or base._forward_hooks or base._forward_pre_hooks:
+        parameters, A = base._parameters, self._buffers.get("A_RI")
+        if frozen is None or frozen.A is not A or frozen.W is not parameters["weight"]:
+            frozen = self._frozen = self._find_frozen(base, A)
+            if frozen is None:
+                return None
+        W, b = frozen.W, frozen.b
+        if base._forward_hooks or base._forward_pre_hooks or W.requires_grad or (b is not None and b.requires_grad):
             return None
-        if torch.is_autocast_enabled(x.device.type) or scalings.shape[:-1] != x.shape[:-1]:
-            return None
-        if scalings.device != x.device:
-            return None
-        W, b, A = base._parameters.get("weight"), base._parameters.get("bias"), self._buffers.get("A_RI")
+        return frozen if x.dtype == W.dtype == frozen.A.dtype and weights.device == x.device else None
+
+    def _find_frozen(self, base: Any, A: Tensor | None) -> "_Frozen | None":
+        W, b = base._parameters.get("weight"), base._parameters.get("bias")
         B, spread = self._buffers.get("B_OR"), self._buffers.get("spread_NR")
-        if (
-            W is None
-            or A is None
-            or B is None
-            or spread is None
-            or W.requires_grad
-            or not W.dtype == A.dtype == x.dtype
-        ):
+        if not self._is_plain or type(base) is not nn.Linear or W is None or A is None or B is None or spread is None:
             return None
-        if b is not None and (b.requires_grad or b.dtype != x.dtype):
-            return None
-        return W, b, A, B, spread
+        return _Frozen(W, b, A, B, spread, (W, b, A, B.t())) if b is None or b.dtype == W.dtype else None
 
     def delta(self, x: Tensor, scalings: Tensor, y: Tensor) -> Tensor:
         """What all experts together add to the base's output `y` for input `x`."""

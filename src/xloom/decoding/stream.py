@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xloom.decoding.speculation import Speculative, decode
+from xloom.decoding.generating import Decoding, Plain, decode
+from xloom.decoding.speculation import Speculative
 from xloom.errors import ConfigError
 from xloom.passes import TwoPassModel
 from xloom.trace.html import step_html
@@ -79,10 +80,15 @@ def steps(
     tokenizer: Any = None,
     *,
     speculative: Speculative | bool = False,
+    custom_generate: Decoding | None = None,
     **options: Any,
 ) -> Iterator[Step]:
     """See `XLoraForCausalLM.stream`."""
-    how = (Speculative() if speculative else None) if isinstance(speculative, bool) else speculative
+    if speculative and custom_generate is not None:
+        raise ConfigError("stream: pass either speculative or custom_generate, and not both")
+    how = custom_generate or Plain()
+    if speculative:
+        how = Speculative() if speculative is True else speculative
     prepared: dict[str, Any] = {}
 
     def prepare(model: Any, input_ids: Tensor, **given: Any) -> Tensor:

@@ -6,7 +6,7 @@ Letters: B batch  T tokens  S sites  N experts
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from torch import Tensor
 from xloom.errors import ScalingsShapeError, UnknownExpertError, names
 from xloom.fused import RankWeights
 from xloom.site import Router, Site
+
+if TYPE_CHECKING:
+    from xloom.mixture import Mixture
 
 
 @final
@@ -86,8 +89,9 @@ class Precomputed(Router):
             raise ScalingsShapeError(f"expected scalings [B, T, S, N], found shape {tuple(scalings_BTSN.shape)}")
         self.scalings_BTSN = scalings_BTSN
         self._by_site = scalings_BTSN.unbind(2)  # one stack in the backward pass, not a zero-filled tensor per site
-        self._once, self._most = once, most
-        self._rank_weights: list[RankWeights] | None = None
+        self._most = most
+        self._wanted = once
+        self._rank_weights: RankWeights | None = None
 
     def scalings(self, site: Site, x: Tensor) -> Tensor | None:
         if self.scalings_BTSN.shape[2] != len(site.mixture.sites):
@@ -96,12 +100,11 @@ class Precomputed(Router):
             )
         return self._by_site[site.index]
 
-    def rank_weights(self, site: Site) -> RankWeights | None:
-        if not self._once:
-            return None
-        if self._rank_weights is None:
-            self._rank_weights = site.mixture.spread_over_ranks(self.scalings_BTSN.flatten(0, 1), self._most)
-        return self._rank_weights[site.index] if self._rank_weights else None
+    def rank_weights(self, mixture: "Mixture") -> RankWeights | None:
+        if self._wanted:
+            self._wanted = False
+            self._rank_weights = mixture.spread_over_ranks(self.scalings_BTSN.flatten(0, 1), self._most)
+        return self._rank_weights
 
 
 class _ByRow(Router):

@@ -1,0 +1,166 @@
+"""A way of writing one sequence, for `generate` and `stream`: what all of them share.
+
+model.generate(ids, custom_generate=way, max_new_tokens=200)
+model.stream(ids, custom_generate=way, max_new_tokens=200)
+
+Letters: T tokens  V vocabulary  S sites  N experts
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from xloom.cache import new_cache
+from xloom.decoding.loop import Chooser, Policy, Tally, Written, write
+from xloom.decoding.steppers import OnePass, Stepper
+from xloom.errors import ConfigError
+from xloom.passes import TwoPassModel
+
+
+class Decoding(ABC):
+    """What `generate` and `stream` take as `custom_generate`.
+
+    Attributes:
+        tally: what drafting did in all calls so far.
+        looked_up: tokens of a prompt-lookup draft at most.
+
+    Args:
+        generator: draws the tokens; the global one by default.
+    """
+
+    looked_up = 0
+
+    def __init__(self, generator: torch.Generator | None = None) -> None:
+        self.generator = generator
+        self.tally = Tally()
+
+    @abstractmethod
+    def stepper(self, model: TwoPassModel, cache: Cache, length: int, mask: Tensor | None, last_SN: Tensor) -> Stepper:
+        """How windows go through the model.
+
+        Args:
+            length: tokens in the cache.
+            mask: attention mask [1, T], where some of them are padding.
+            last_SN: scalings of the last token in the cache.
+        """
+
+    def __call__(
+        self,
+        model: TwoPassModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """Raises ConfigError for batches, beams, attentions or hidden states in the output."""
+        streamer = model_kwargs.pop("streamer", None)
+        texts, written = [input_ids], list[Written]()
+        for one in decode(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, self):
+            written.append(one)
+            texts.append(input_ids.new_tensor([[one.token]]))
+            if streamer is not None:
+                streamer.put(texts[-1][0].cpu())
+        if streamer is not None:
+            streamer.end()
+        sequences = torch.cat(texts, dim=1)
+        if not generation_config.return_dict_in_generate:
+            return sequences
+        return GenerateDecoderOnlyOutput(
+            sequences=sequences,
+            scores=tuple(one.scores_V[None] for one in written) if generation_config.output_scores else None,
+            logits=tuple(one.logits_V[None] for one in written) if generation_config.output_logits else None,
+            past_key_values=model_kwargs.get("past_key_values"),
+        )
+
+
+@final
+class Plain(Decoding):
+    """Token by token, as the model is."""
+
+    def stepper(self, model: TwoPassModel, cache: Cache, length: int, mask: Tensor | None, last_SN: Tensor) -> Stepper:
+        return OnePass(model, cache, length, mask)
+
+
+@torch.no_grad()
+def decode(
+    model: TwoPassModel,
+    input_ids: Tensor,
+    process: Callable[..., Tensor],
+    stop: Callable[..., Tensor],
+    settings: GenerationConfig,
+    inputs: dict[str, Any],
+    how: Decoding,
+) -> Generator[Written]:
+    """Tokens after `input_ids` [1, T], until `stop` says so.
+
+    Args:
+        process, stop, settings, inputs: as `generate` hands them to its decoding methods.
+
+    Raises:
+        ConfigError: as `Decoding.__call__`.
+    """
+    _check(input_ids, settings, inputs)
+    chooser = Chooser(process, bool(settings.do_sample), how.generator)
+    with _started(model, input_ids, inputs, how) as (stepper, last):
+        token, scores_V = chooser.choose(input_ids, last.logits_V, None)
+        first = last._replace(token=token, scores_V=scores_V)
+        text = torch.cat([input_ids, input_ids.new_tensor([[token]])], dim=1)
+        yield first
+        if bool(stop(text, first.scores_V[None])[0]):
+            return
+        more = write(
+            stepper, input_ids, token, chooser,
+            room=lambda: settings.max_length - text.shape[1], policy=Policy(how.looked_up), tally=how.tally,
+        )  # fmt: skip
+        try:
+            for one in more:
+                text = torch.cat([text, text.new_tensor([[one.token]])], dim=1)
+                yield one
+                if bool(stop(text, one.scores_V[None])[0]):
+                    return
+        finally:
+            more.close()
+
+
+@contextmanager
+def _started(
+    model: TwoPassModel, input_ids: Tensor, inputs: dict[str, Any], how: Decoding
+) -> Iterator[tuple[Stepper, Written]]:
+    """The prompt in the cache, and what it says comes next."""
+    cache = inputs.get("past_key_values") or new_cache(model.config)
+    inputs["past_key_values"] = cache
+    mask, held = inputs.get("attention_mask"), int(cache.get_seq_length())
+    positions = {} if mask is None else {name: of[:, held:] for name, of in model.positions(mask).items()}
+    out = model(
+        input_ids[:, held:], attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **positions
+    )
+    last = Written(0, out.logits[0, -1], out.logits[0, -1], out.scalings[0, -1], False)
+    stepper = how.stepper(model, cache, input_ids.shape[1], mask, last.scalings_SN)
+    try:
+        yield stepper, last
+    finally:
+        stepper.close()
+
+
+def _check(input_ids: Tensor, settings: GenerationConfig, inputs: dict[str, Any]) -> None:
+    def refuse(what: str, found: object) -> None:
+        raise ConfigError(f"{what}, found {found}; leave custom_generate out")
+
+    if (settings.num_beams or 1) != 1:
+        refuse("this decoding is greedy or sampling: expected num_beams=1", settings.num_beams)
+    if input_ids.shape[0] != 1:
+        refuse("this decoding writes one sequence at a time: expected 1 row", input_ids.shape[0])
+    if inputs.get("inputs_embeds") is not None:
+        refuse("this decoding reads the text: expected input_ids", "inputs_embeds")
+    if settings.use_cache is False or inputs.get("use_cache") is False:
+        refuse("this decoding needs a cache: expected use_cache=True", False)
+    for name in ("output_attentions", "output_hidden_states"):
+        if settings.return_dict_in_generate and getattr(settings, name):
+            refuse(f"this decoding has none to give: expected {name}=False", True)
