@@ -10,7 +10,7 @@ bandwidth of a large copy in the same run.
 
 Every part stands alone: where one fails its error is kept, and the next one runs; the file is written after each. Forms
 of decoding: `generate` (transformers' loop, growing cache), `step` (one forward after the other, static cache),
-`graph` (the same as one captured CUDA graph), `compile` and `compile-graph` (both with a compiled decoder).
+`graph` (the same as one captured CUDA graph), `compile` and `compile-graph` (both with a compiled forward).
 """
 
 import argparse
@@ -263,7 +263,8 @@ def decode_steps(system: System, form: str, run: Run) -> None:
 
     def start() -> None:
         cache.reset()
-        out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        forward = type(model).forward  # not compiled: that would be one more graph, for this length
+        out = forward(model, input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         token.copy_(out.logits[:, -1:].argmax(-1))
         place.fill_(run.size.prompt)
 
@@ -278,7 +279,7 @@ def decode_steps(system: System, form: str, run: Run) -> None:
     for _ in range(run.size.rounds):
         start()
         tokens = [int(token)]
-        for _ in range(2):  # the first steps of a compiled decoder may still compile
+        for _ in range(2):  # the first steps of a compiled forward may still compile
             call()
             tokens.append(int(token))
         wait_for(run.device)
@@ -311,15 +312,14 @@ def captured(step: Callable[[], None], device: str) -> Callable[[], Any]:
 
 @contextmanager
 def compiled(model: Any, run: Run) -> Iterator[None]:
-    """The decoder compiled, for as long as the block runs; what lies between the passes stays as it is."""
+    """The whole forward as one compiled graph, both passes and the head, for as long as the block runs."""
     torch.compiler.reset()
-    decoder = (model if isinstance(model, MistralForCausalLM) else model.base).model
-    how: dict[str, Any] = {"backend": "eager"} if run.device == "cpu" else {"dynamic": False}
-    decoder.forward = torch.compile(decoder.forward, **how)
+    how: dict[str, Any] = {"backend": "eager"} if run.device == "cpu" else {}
+    model.forward = torch.compile(model.forward, fullgraph=True, dynamic=False, **how)
     try:
         yield
     finally:
-        del decoder.forward
+        del model.forward
         torch.compiler.reset()
 
 

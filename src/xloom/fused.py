@@ -46,8 +46,10 @@ def spread_over_ranks(scalings_MSN: Tensor, spread_NR: Tensor, ranks: Sequence[i
     weights_MSR = scalings_MSN.to(spread_NR.dtype) @ spread_NR
     experts, rank = len(ranks), ranks[0]
     used_SN = (scalings_MSN != 0).any(dim=0)
-    # elsewhere counting would stall the device
-    used = int(used_SN.sum(dim=1).max()) if used_SN.device.type == "cpu" else len(scalings_MSN) * (most or experts)
+    if used_SN.device.type == "cpu" and not torch.compiler.is_compiling():
+        used = int(used_SN.sum(dim=1).max())
+    else:  # counting would stall a device, and break a graph in two
+        used = len(scalings_MSN) * (most or experts)
     if 2 * used > experts or any(other != rank for other in ranks):
         return RankWeights(weights_MSR.unbind(1), None)
     # Sites with fewer experts in use get some that have weight 0, so that all have as many.

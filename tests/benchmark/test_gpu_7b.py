@@ -98,10 +98,10 @@ def test_no_part_starts_late(script, tmp_path: Path):
     assert found["decode"] == found["prefill"] == []
 
 
-def test_the_decoder_is_given_back(script):
+def test_the_forward_is_given_back(script):
     model = script.random_mistral(script.TINY, "cpu")
     run = script.Run(script.TINY, "cpu", Path("x"), 0.0)
     with script.compiled(model, run):
-        assert "forward" in vars(model.model)
-    assert "forward" not in vars(model.model)
+        assert "forward" in vars(model)
+    assert "forward" not in vars(model)
     assert torch.get_default_dtype() == torch.float32

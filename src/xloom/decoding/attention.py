@@ -30,7 +30,11 @@ def grouped_attention(
     batch, heads, queries, size = query.shape
     groups = heads // key.shape[1]
     rows = query.reshape(batch, key.shape[1], groups * queries, size)
-    mask = attention_mask.repeat(1, 1, groups, 1)
+    # all layers are given the same mask: it remembers what was made of it
+    made: dict[int, Tensor] = attention_mask.__dict__.setdefault("for_groups", {})
+    mask = made.get(groups)
+    if mask is None:
+        mask = made[groups] = attention_mask.repeat(1, 1, groups, 1)
     out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
     return out.reshape(batch, heads, queries, value.shape[-1]).transpose(1, 2).contiguous(), None
 

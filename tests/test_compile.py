@@ -1,0 +1,52 @@
+"""A decoding step over a static cache is one graph: both passes, the head and the gate, with no break in between."""
+
+import pytest
+import torch
+from transformers import StaticCache
+
+from test_architectures import mixed, tolerance
+from tiny import prompt
+from xloom import routers
+
+POOLED = {"head_input": ["token", "ema:4"]}
+FORMS = {
+    "two passes": POOLED,
+    "top 1": POOLED | {"top_k_lora": 1, "null_expert": True},
+    "early gate": {"gate_at_layer": 0, "head_input": "running_mean"},
+}
+# One of each way to make masks and positions. Mixtral and the like hand tokens to experts by what the data says, which
+# is no single graph in transformers itself.
+KINDS = ("llama", "mistral", "gemma3_text", "gpt2", "bloom")
+
+
+def check_steps(model, kind: str) -> None:
+    """Steps 6 to 8 of a text, from the compiled forward, against the uncached whole."""
+    torch.compiler.reset()
+    ids = prompt(1, 9)
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    step = torch.compile(model.forward, fullgraph=True, dynamic=False, backend="eager")
+    with torch.no_grad():
+        whole = model(ids, use_cache=False)
+        model(ids[:, :6], past_key_values=cache)
+        for place in range(6, 9):
+            positions = {"position_ids": torch.tensor([[place]])}
+            out = step(input_ids=ids[:, place : place + 1], past_key_values=cache, use_cache=True, **positions)
+            torch.testing.assert_close(out.logits[:, -1], whole.logits[:, place], rtol=0, atol=tolerance(kind))
+            torch.testing.assert_close(out.scalings[:, -1], whole.scalings[:, place], rtol=0, atol=tolerance(kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_is_one_graph(kind: str, tmp_path):
+    check_steps(mixed(kind, tmp_path, **POOLED), kind)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_of_every_kind_of_head(form: str, tmp_path):
+    check_steps(mixed("llama", tmp_path, **FORMS[form]), "llama")
+
+
+def test_with_other_routers(tmp_path):
+    model = mixed("llama", tmp_path, **POOLED)
+    for router in (routers.XLora(without=["a"]), routers.Uniform()):
+        with model.routing(router):
+            check_steps(model, "llama")
