@@ -90,3 +90,5 @@ def test_traces_on_disk(tmp_path):
     assert found[0].text == random_trace(seed=1).text
     assert len(read_traces(tmp_path, limit=2)) == 2
     assert [trace.text for trace in read_traces(tmp_path / "c")] == [random_trace(seed=0).text]
+    random_trace(seed=3).save(tmp_path / "001")
+    assert "name" not in read_traces(tmp_path)[0].metadata, "a number is no name: its title is what is asked"

@@ -136,6 +136,8 @@ def test_charts_have_words_and_tables(page):
         assert figure.locator('[role="img"][aria-label]').count() == 1, name
         assert name == "chart-worth" or figure.locator("details table tbody tr").count() > 0, name
     assert page.locator("#worth-table tbody tr").count() == 5
+    for place in ("#worth-table", "#text-worth .scroll"):
+        assert page.locator(place).evaluate("node => getComputedStyle(node).maxHeight") == "none", "all rows are seen"
 
 
 def test_the_comparison(page):

@@ -1,6 +1,7 @@
 """What is found with a model: its own measurements, put together; and the command."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -109,6 +110,10 @@ def test_the_command(run, project, tmp_path):
     code, out, err = run(*words)
     assert code == 0, err
     assert "page.html: 2 texts" in out
+    took = re.search(
+        r"loading models, answering and measuring took ([\d.]+) s, making the page of them ([\d.]+) s", out
+    )
+    assert took and float(took[1]) > 0, out
     text = (folder / "page.html").read_text(encoding="utf-8")
     assert '<code id="command">xloom report prompts.jsonl -o page.html --model model' in text
     assert str(folder) not in text
@@ -116,10 +121,12 @@ def test_the_command(run, project, tmp_path):
     assert data["models"] == ["model", "./model"] and len(data["texts"]) == 4
     for name in ("0-2", "1-3"):  # a model and itself
         assert all(abs(value) < 2e-3 for one in data["differences"][name] for value in one)
-    trace_text(project[1], tiny_tokenizer(), "abab", max_new_tokens=3, folder=tmp_path / "traces" / "one")
+    loaded = XLoraForCausalLM.from_pretrained("model")
+    trace_text(loaded, tiny_tokenizer(), "abab", max_new_tokens=3, folder=tmp_path / "traces" / "one")
     code, out, _ = run(str(tmp_path / "traces"), "-o", "page.html")
-    assert code == 0 and "1 texts" not in out and "1 text," in out
-    assert "Made from traces" in (folder / "page.html").read_text(encoding="utf-8")
+    assert code == 0 and "1 texts" not in out and "1 text," in out and "opening traces took" in out
+    text = (folder / "page.html").read_text(encoding="utf-8")
+    assert "Made from traces" in text and "<dt>model</dt><dd>model</dd>" in text and "<dd>base</dd>" in text
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ def run(given: Settings) -> Path:
     check_plotly()
     console = Console()
     notes = []
+    start = time.perf_counter()
     if Path(given.source).is_dir():
         if given.model or given.against or given.base or given.router != HEAD:
             raise ConfigError(f"{given.source}: holds traces; found options for prompts, which a model has to answer")
@@ -54,11 +55,16 @@ def run(given: Settings) -> Path:
             notes.append("What the experts are worth was not measured (--no-worth).")
         elif given.router != HEAD:
             notes.append("What the experts are worth is measured of the head alone, and so not with another router.")
-    start = time.perf_counter()
+    found = time.perf_counter()
     with console.status("writing the page"):
         write_report(findings, given.output, command=command(), notes=notes)
-    seconds, size, count = time.perf_counter() - start, given.output.stat().st_size / 1e6, len(findings.traces)
-    told = f"{given.output}: {count} text{'s' if count != 1 else ''}, {size:.1f} MB, written in {seconds:.1f} s"
+    before, after = found - start, time.perf_counter() - found
+    size, count = given.output.stat().st_size / 1e6, len(findings.traces)
+    steps = "opening traces" if Path(given.source).is_dir() else "loading models, answering and measuring"
+    told = (
+        f"{given.output}: {count} text{'s' if count != 1 else ''}, {size:.1f} MB; "
+        f"{steps} took {before:.1f} s, making the page of them {after:.1f} s"
+    )
     console.print(told, markup=False, highlight=False, soft_wrap=True)
     return given.output
 

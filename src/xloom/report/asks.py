@@ -98,7 +98,8 @@ def read_traces(folder: Path, *, limit: int | None = None) -> list[Trace]:
 
 
 def _named(trace: Trace, name: str) -> Trace:
-    return trace if NAME in trace.metadata else trace.with_metadata(**{NAME: name})
+    """With the folder's name, where that is more than a number."""
+    return trace if NAME in trace.metadata or name.isdigit() else trace.with_metadata(**{NAME: name})
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:

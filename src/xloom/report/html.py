@@ -94,12 +94,11 @@ def _pages() -> Environment:
 def _facts(findings: Findings) -> Iterator[tuple[str, str]]:
     """What the page says about where it comes from."""
     about = findings.traces[0].about
-    words = list(findings.models) or [about.model]
-    yield "model", plain_name(words[0])
-    if len(words) > 1:
-        yield "compared with", plain_name(words[1])
-    if base := about.config.get("base_model_name_or_path"):
-        yield "base model", plain_name(str(base))
+    base = str(about.config.get("base_model_name_or_path") or "")
+    words = list(findings.models) or [about.model] * (about.model != base)  # a trace may name no more than the base
+    yield from zip(("model", "compared with"), map(plain_name, words))
+    if base:
+        yield "base model", plain_name(base)
     yield "router", about.router
     yield "experts", ", ".join(about.experts)
     layers = {site.split(".")[-1] for site in about.sites}

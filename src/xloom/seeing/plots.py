@@ -43,9 +43,11 @@ _STYLE: Mapping[str, Any] = {
     "svg.hashsalt": "xloom",
     "pdf.fonttype": 42,
     "hatch.linewidth": 0.6,
+    "lines.solid_capstyle": "butt",
 }
 _WIDTH = 6.9  # inches: two columns of a paper
 _LINE = 92  # letters of a line of the ribbon
+_SPACE = "\u00a0"  # as SVG leaves out spaces at the ends of a text
 _LETTER = 0.97 * _WIDTH * 72 / _LINE / 0.602  # points, so that they fill it: DejaVu Sans Mono is 0.602 em wide
 
 
@@ -159,7 +161,7 @@ def co_use(summary: Summary, *, of: str = ALL, within: Literal["site", "token"] 
     """
     from matplotlib.patches import Circle
 
-    figure, axes = _figure(4.2, width=4.6)
+    figure, axes = _figure(4.2, width=5.4)
     table = summary.co_use(of, within=within)
     names, values = table.columns, table.values
     at = [(math.sin(2 * math.pi * i / len(names)), math.cos(2 * math.pi * i / len(names))) for i in range(len(names))]
@@ -172,9 +174,12 @@ def co_use(summary: Summary, *, of: str = ALL, within: Literal["site", "token"] 
                     axes.annotate(f"{both:.0%}", middle, ha="center", fontsize=7)
     for name, (x, y), share in zip(names, at, values.sum(dim=1).tolist(), strict=True):
         style = look(name, summary.experts)
-        axes.add_patch(Circle((x, y), 0.05 + 0.28 * math.sqrt(share), zorder=2, **style))
-        axes.annotate(f"{name}\n{share:.0%}", (1.32 * x, 1.32 * y), ha="center", va="center", fontsize=8, zorder=3)
-    axes.set(xlim=(-1.7, 1.7), ylim=(-1.6, 1.6), aspect="equal")
+        radius = 0.05 + 0.28 * math.sqrt(share)
+        axes.add_patch(Circle((x, y), radius, zorder=2, **style))
+        beside = "center" if abs(x) < 0.3 else "left" if x > 0 else "right"
+        away = 1 + radius + (0.2 if beside == "center" else 0.08)
+        axes.annotate(f"{name}\n{share:.0%}", (away * x, away * y), ha=beside, va="center", fontsize=8, zorder=3)
+    axes.set(xlim=(-2.1, 2.1), ylim=(-1.6, 1.6), aspect="equal")
     axes.axis("off")
     axes.set_title(f"who acts with whom at the same {within}")
     return figure
@@ -235,7 +240,8 @@ def ribbon(trace: Trace) -> "Figure":
                 name = columns[int(leaders(share_C))]
                 style = look(name, trace.experts) | {"alpha": 0.15 + 0.6 * float(share_C.max()), "lw": 0}
                 axes.add_patch(Rectangle((start, row - 0.42), len(piece), 0.84, **style))
-            axes.text(start, row, piece, family="monospace", fontsize=_LETTER, va="center", parse_math=False)
+            shown = piece.replace(" ", _SPACE)
+            axes.text(start, row, shown, family="monospace", fontsize=_LETTER, va="center", parse_math=False)
     axes.set(xlim=(0, _LINE), ylim=(len(lines) - 0.4, -0.6))
     axes.axis("off")
     _legend(figure, columns, trace.experts)

@@ -132,7 +132,7 @@ def about(model: XLoraForCausalLM, metadata: Mapping[str, Any] | None = None) ->
     config = json.loads(model.config.to_json_string(use_diff=False))
     for axis in ("sites", "experts"):
         config.pop(axis, None)
-    name = str(model.config.name_or_path or model.config.base_model_name_or_path or "")
+    name = str(model.name_or_path or model.config.base_model_name_or_path or "")
     return About(model.sites, model.experts, name, _described(model.router), config, dict(metadata or {}))
 
 

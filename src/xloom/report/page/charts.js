@@ -48,19 +48,23 @@ function heat(numbers, { xtitle = "", colours = ramp, words = percent, labels = 
   const z = numbers.columns.map((_, column) => numbers.values.map((row) => row[column]));
   const found = z.flat().filter((x) => x != null).map(Math.abs);
   const highest = Math.max(...found, 1e-9);
-  const step = highest > 0.1 ? 0.1 : 0.01; // the scale ends at a round share
+  const small = highest <= 0.1;
+  const step = small ? 0.01 : 0.1; // the scale ends at a round share
   const top = words === percent ? step * Math.ceil(highest / step) : highest;
-  const text = z.map((row) => row.map((x) => (x == null ? "" : words(x, labels ? 0 : 1))));
+  const text = z.map((row) => row.map((x) => (x == null ? "" : words(x, labels && !small ? 0 : 1))));
   const even = colours === balance;
   return {
     traces: [{
       type: "heatmap", z, x: numbers.rows, y: numbers.columns, text, zmin: even ? -top : 0, zmax: top, xgap: 1, ygap: 1,
       colorscale: scale(colours()), hoverongaps: false, texttemplate: labels ? "%{text}" : "",
       hovertemplate: `${xtitle} %{x}, %{y}: %{text}<extra></extra>`,
-      colorbar: { thickness: 10, outlinewidth: 0, len: 1, tickformat: ticks, nticks: 4, tickfont: { color: muted() }, x: 1.01 },
+      colorbar: { thickness: 10, outlinewidth: 0, len: 1, tickformat: words === percent && small ? ".1%" : ticks, nticks: 4, tickfont: { color: muted() }, x: 1.01 },
     }],
     layout: {
-      xaxis: { title: { text: xtitle }, type: "category", showgrid: false, ...(numbers.rows.length > 16 ? { nticks: 16 } : {}) },
+      xaxis: {
+        title: { text: xtitle }, type: "category", showgrid: false, ...(labels ? { tickfont: { size: 11 } } : {}),
+        ...(numbers.rows.length > 16 ? { nticks: 16 } : {}),
+      },
       yaxis: { autorange: "reversed", type: "category", showgrid: false },
     },
   };

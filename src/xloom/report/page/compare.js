@@ -57,7 +57,7 @@ function showMapDifference(maps) {
   const numbers = { rows: data.bands.slice(1), columns: data.columns, values };
   const inPoints = { ...numbers, values: values.map((row) => row.map((x) => 100 * x)) };
   chart("map-difference", {
-    make: () => heat(inPoints, { xtitle: "layer", colours: balance, words: (x) => points(x / 100), ticks: "+.0f" }),
+    make: () => heat(inPoints, { xtitle: "layer", colours: balance, words: (x) => points(x / 100), ticks: ".0f" }),
     numbers: asTable(numbers, "layer", points), height: 90 + 28 * data.columns.length,
   });
 }
