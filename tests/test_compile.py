@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import StaticCache
+from transformers import CompileConfig, StaticCache
 
 from test_architectures import mixed, tolerance
 from tiny import prompt
@@ -50,3 +50,17 @@ def test_with_other_routers(tmp_path):
     for router in (routers.XLora(without=["a"]), routers.Uniform()):
         with model.routing(router):
             check_steps(model, "llama")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_generate_compiles_its_steps(form: str, tmp_path):
+    """As transformers does by itself on a GPU; here it is told to."""
+    torch.compiler.reset()
+    model, ids = mixed("llama", tmp_path, **FORMS[form]), prompt(1, 5)
+    config = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    config._compile_all_devices = True
+    plain = {"max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(ids, **plain)
+    found = model.generate(ids, cache_implementation="static", compile_config=config, **plain)
+    assert torch.equal(found, expected)
+    assert hasattr(model, "_compiled_call"), "the steps were compiled"

@@ -48,7 +48,6 @@ class TwoPassModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_compile_fullgraph = False
     # whether a forward makes a cache unless told otherwise
     makes_cache: ClassVar[bool] = True
 
@@ -65,6 +64,7 @@ class TwoPassModel(PreTrainedModel):
             )
         super().__init__(config)
         self.base = base
+        self._can_compile_fullgraph = base._can_compile_fullgraph
         self.expert_configs: dict[str, Mapping[str, Any]] = {name: dict(e.config) for name, e in experts.items()}
         self._expert_sources: dict[str, str] = {name: e.source for name, e in experts.items()}
         self._expert_scores: dict[str, Mapping[str, Tensor]] = {name: e.score for name, e in experts.items()}

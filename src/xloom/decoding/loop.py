@@ -16,6 +16,9 @@ from torch import Tensor
 from xloom.decoding.drafts import lookup
 from xloom.decoding.steppers import Stepper
 
+_WEIGHT = 0.5  # of the newest in a running mean
+_WORTH = 0.4  # a joint pass costs 1.5 forwards of one token, and half as much again for each wrong draft
+
 Process = Callable[[Tensor, Tensor], Tensor]  # token ids [1, T] and logits [1, V] -> scores [1, V]
 
 
@@ -58,36 +61,65 @@ class Draft(NamedTuple):
     q_V: Tensor | None = None  # what it was drawn from; None for a token that is simply put forward
 
 
-@dataclass
+Lookup = Callable[[Sequence[int], int], list[int]]  # the text so far and a count -> tokens that may follow
+
+
 class Policy:
-    """How many looked-up tokens a window may have: more when all were right, fewer when they were not.
+    """Which drafts a window gets: those that would have been right lately, drafted or not.
+
+    Looked-up tokens, as many as were right; and the next token by the newest scalings, where that mostly is. Whatever is
+    drafted, what would have been is held against the text as it comes.
 
     Args:
-        most: bound; 0 for none.
+        most: bound on tokens that are looked up; 0 for none.
+        extra: looks tokens up.
     """
 
-    most: int
-    now: int = 2
+    def __init__(self, most: int, extra: Lookup = lookup) -> None:
+        self.most, self._extra = most, extra
+        self._right = 2.0  # running mean of how many tokens of a guess were right
+        self._guess: list[int] = []
+        self._at = 0  # where in the text the guess begins
+        self._so_far = 0  # tokens of it that came
+        self._next: tuple[int, int] | None = None  # place and token of the last draft by the newest scalings
+        self._next_right = 1.0  # running mean of such drafts that were right
 
-    def looked_up(self, drafts: int, accepted: int) -> None:
-        if drafts:
-            self.now = min(self.now + 2, self.most) if accepted >= drafts else max(self.now - 1, 1)
+    def look_up(self, text: Sequence[int], room: int) -> list[int]:
+        """Tokens to put forward after `text`."""
+        count = min(self.most, round(max(self._right, self._so_far)), room)
+        return self._extra(text, count)[:count] if count > 0 else []
 
-    @property
-    def count(self) -> int:
-        return min(self.now, self.most)
+    def takes(self, place: int, token: int) -> bool:
+        """Whether a draft by the newest scalings for this place of the text is worth its rows."""
+        self._next = place, token
+        return self._next_right > _WORTH
+
+    def watch(self, text: Sequence[int]) -> None:
+        """The text has come so far."""
+        if self._next is not None and len(text) > self._next[0]:
+            place, token = self._next
+            self._next_right += _WEIGHT / 2 * ((text[place] == token) - self._next_right)
+            self._next = None
+        came = text[self._at :]
+        right = next((i for i, (a, b) in enumerate(zip(self._guess, came)) if a != b), None)
+        self._so_far = min(len(came), len(self._guess)) if right is None else right
+        if right is None and len(came) < len(self._guess):
+            return  # not told yet
+        if self._guess:
+            self._right += _WEIGHT * (self._so_far - self._right)
+        self._guess, self._at, self._so_far = self._extra(text, self.most)[: self.most], len(text), 0
 
 
 class Chooser:
     """Picks tokens from logits: the likeliest, or drawn."""
 
     def __init__(self, process: Process, sample: bool, generator: torch.Generator | None = None) -> None:
-        self._process, self._sample, self._generator = process, sample, generator
+        self._process, self.samples, self._generator = process, sample, generator
 
     def propose(self, ids_1T: Tensor, logits_V: Tensor) -> Draft:
         """A likely next token, from logits that are nearly right."""
         scores_V = self._process(ids_1T, logits_V[None].float())[0]
-        if not self._sample:
+        if not self.samples:
             return Draft(int(scores_V.argmax()))
         q_V = scores_V.softmax(-1)
         return Draft(self._draw(q_V), q_V)
@@ -95,7 +127,7 @@ class Chooser:
     def choose(self, ids_1T: Tensor, logits_V: Tensor, draft: Draft | None) -> tuple[int, Tensor]:
         """The next token, and the scores [V] it was chosen by; it is the draft's where that may stay."""
         scores_V = self._process(ids_1T, logits_V[None].float())[0]
-        if not self._sample:
+        if not self.samples:
             return int(scores_V.argmax()), scores_V
         p_V = scores_V.softmax(-1)
         if draft is None:
@@ -124,25 +156,21 @@ def write(
     room: Callable[[], int],
     policy: Policy,
     tally: Tally,
-    extra: Callable[[Sequence[int], int], list[int]] = lookup,
 ) -> Generator[Written]:
     """Tokens after `first`, for ever; whoever has enough closes the iterator.
 
     Args:
         ids_1T: [1, T] the text before `first`.
         room: how many more tokens may be written at most; drafts do not go beyond.
-        extra: puts tokens forward, from the text so far and a count.
+        policy: puts tokens forward.
     """
     text = [*ids_1T[0].tolist(), first]
     drafts: list[Draft] = []
     while True:
         drafts = drafts[: max(0, room())]
-        looked = 0
-        if len(drafts) < room():
-            count = min(policy.count, room() - len(drafts))
-            more = extra([*text, *(d.token for d in drafts)], count)[:count]
-            looked = len(more)
-            drafts += [Draft(token) for token in more]
+        policy.watch(text)
+        more = policy.look_up([*text, *(draft.token for draft in drafts)], room() - len(drafts))
+        drafts += [Draft(token) for token in more]
         window = [text[-1], *(draft.token for draft in drafts)]
         out = stepper.step(window)
         tally.forwards += 1
@@ -167,8 +195,8 @@ def write(
         stepper.keep(len(window), min(out.exact, right))
         left = drafts[right - 1 :]
         drafts = [] if rejected else _revised(chooser, ids_1T, text, left, out.logits_WV[right - 1 :])
-        same = next((i for i, (old, new) in enumerate(zip(left, drafts)) if old.token != new.token), len(drafts))
-        policy.looked_up(looked, right - 1 + min(same, len(left)) - (len(window) - 1 - looked))
+        if drafts and not chooser.samples and not policy.takes(len(text), drafts[0].token):
+            drafts = []
 
 
 def _revised(
