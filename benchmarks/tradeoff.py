@@ -53,20 +53,15 @@ class Way:
     same_as: str | None = None
 
 
-TOP_2 = {"top_k_lora": 2}
 WAYS = {
     "two passes": Way(TWO),
     "two passes, drafts": Way(TWO, xloom.speculative, same_as="two passes"),
-    "two passes, top 2": Way(TWO, fields=TOP_2),
-    "two passes, top 2, drafts": Way(TWO, xloom.speculative, TOP_2, "two passes, top 2"),
     "refreshed every 4": Way(TWO, lambda: xloom.refreshing(4)),
     "refreshed every 16": Way(TWO, lambda: xloom.refreshing(16)),
     "frozen after the prompt": Way(TWO, xloom.refreshing),
-    "frozen, top 2": Way(TWO, xloom.refreshing, TOP_2),
     "single pass": Way(ONE),
     "single pass, drafts": Way(ONE, xloom.speculative, same_as="single pass"),
-    "single pass, top 2": Way(ONE, fields=TOP_2),
-    "single pass, top 2, drafts": Way(ONE, xloom.speculative, TOP_2, "single pass, top 2"),
+    "single pass, top 1": Way(ONE, fields={"top_k_lora": 1}),
 }
 
 

@@ -50,7 +50,8 @@ def spread_over_ranks(scalings_MSN: Tensor, spread_NR: Tensor, ranks: Sequence[i
         used = int(used_SN.sum(dim=1).max())
     else:  # counting would stall a device, and break a graph in two
         used = len(scalings_MSN) * (most or experts)
-    if 2 * used > experts or any(other != rank for other in ranks):
+    # gathering reads, writes and reads again, and is two operations more
+    if 4 * used > experts or any(other != rank for other in ranks):
         return RankWeights(weights_MSR.unbind(1), None)
     # Sites with fewer experts in use get some that have weight 0, so that all have as many.
     chosen_SU = used_SN.byte().topk(used, dim=-1).indices
