@@ -168,30 +168,34 @@ def rows_from(scores: dict[str, Any], ratios: dict[str, list[float]], forwards: 
 
 @styled
 def draw(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Quality by time per token; drafts, which change no text, stand to the left of what they write."""
+    """Quality by time per token."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
-    panels = (("oracle_normalised", "low", "high", "score, % of the right expert's"),
-              ("joined", "joined_low", "joined_high", "score on questions for two experts, %"))  # fmt: skip
-    numbers = {row["way"]: place + 1 for place, row in enumerate(rows)}
-    for axes, (value, low, high, title) in zip(figure.subplots(1, 2), panels, strict=True):
-        for row in rows:
-            colour = COLOURS[0] if WAYS[row["way"]].model == TWO else COLOURS[4]
+    figure = Figure(figsize=(8.4, 3.2), layout="constrained")
+    panels = (("oracle_normalised", "low", "high", "score, % of the right expert's", 60),
+              ("joined", "joined_low", "joined_high", "score on questions for two experts, %", 0))  # fmt: skip
+    *plots, key = figure.subplots(1, 3, width_ratios=(1, 1, 0.62))
+    for axes, (value, low, high, title, least) in zip(plots, panels, strict=True):
+        for number, row in enumerate(rows, start=1):
+            way = WAYS[row["way"]]
+            colour = COLOURS[0] if way.model == TWO else COLOURS[4]
             x, y = row["ratio_to_base"], 100 * row[value]
             axes.plot([x, x], [100 * row[low], 100 * row[high]], color=colour, linewidth=0.8, alpha=0.4)
             axes.plot([row["ratio_low"], row["ratio_high"]], [y, y], color=colour, linewidth=0.8, alpha=0.4)
-            filled = WAYS[row["way"]].same_as is None
-            axes.plot(x, y, "o", color=colour, markerfacecolor=colour if filled else "white", markersize=9)
-            axes.annotate(str(numbers[row["way"]]), (x, y), ha="center", va="center", fontsize=6,
-                          color="white" if filled else colour)  # fmt: skip
+            filled = way.same_as is None
+            axes.plot(x, y, "o", color=colour, markerfacecolor=colour if filled else "white", markersize=8)
+            inside = "white" if filled else colour
+            axes.annotate(str(number), (x, y), ha="center", va="center", fontsize=6, color=inside)
         axes.axvline(1, color=GREY, linewidth=0.8, linestyle="--")
         axes.set_title(title)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(bottom=least)
         axes.set_xlabel("time per token, times the base")
-    key = "\n".join(f"{number:2d}  {name}" for name, number in numbers.items())
-    figure.text(1.01, 0.5, key, va="center", fontsize=7)
-    figure.text(1.01, 0.06, "blue: two-pass model, red: single-pass model\nopen: drafts, the same text", fontsize=6)
+    key.axis("off")
+    for number, row in enumerate(rows, start=1):
+        colour = COLOURS[0] if WAYS[row["way"]].model == TWO else COLOURS[4]
+        key.text(0, 1 - 0.09 * number, f"{number}  {row['way']}", color=colour, transform=key.transAxes)
+    note = "blue: two-pass model\nred: single-pass model\nopen: drafts, same text"
+    key.text(0, 0, note, fontsize=7, transform=key.transAxes)
     return figure
 
 
@@ -203,7 +207,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--draw", action="store_true", help="only draw what --json holds")
     chosen = parser.parse_args()
+    if chosen.draw:
+        save(draw(json.loads(chosen.json.read_text(encoding="utf-8"))["rows"]), chosen.plot)
+        return
     torch.set_num_threads(chosen.threads)
     bed = prepare(chosen.rows)
     about = machine("cpu")
