@@ -67,7 +67,7 @@ Lookup = Callable[[Sequence[int], int], list[int]]  # the text so far and a coun
 class Policy:
     """Which drafts a window gets: those that would have been right lately, drafted or not.
 
-    Looked-up tokens, as many as were right; and the next token by the newest scalings, where that mostly is. Whatever
+    Looked-up tokens, as many as were right and one at least; and the next token by the newest scalings, where that mostly is. Whatever
     is drafted, what would have been is held against the text as it comes.
 
     Args:
@@ -86,7 +86,7 @@ class Policy:
 
     def look_up(self, text: Sequence[int], room: int) -> list[int]:
         """Tokens to put forward after `text`."""
-        count = min(self.most, round(max(self._right, self._so_far)), room)
+        count = min(self.most, max(1, round(max(self._right, self._so_far))), room)
         return self._extra(text, count)[:count] if count > 0 else []
 
     def takes(self, place: int, token: int) -> bool:
