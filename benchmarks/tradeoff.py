@@ -123,12 +123,14 @@ def paces(bed: Bed, prompts: int, new_tokens: int) -> tuple[dict[str, list[float
     """
     ratios: dict[str, list[float]] = {name: [] for name in WAYS}
     forwards: dict[str, list[float]] = {name: [] for name in WAYS}
+    turn = 0
     for task in bed.bench.tasks:
         for number, question in enumerate(task.questions[:prompts]):
+            turn += 1
             ids = torch.tensor([bed.bench.prompts([question])[0].ids])
             found: dict[str, Decoded] = {}
             order = [BASE, *WAYS]
-            for name in order[number % len(order) :] + order[: number % len(order)]:  # nobody is always first
+            for name in order[turn % len(order) :] + order[: turn % len(order)]:  # nobody is always first
                 if name == BASE:
                     found[name] = bed.base.decode(ids, new_tokens)
                 else:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from torch import nn
+from torch.nn.utils import prune
 
 from tiny import make_expert, prompt, tiny_base
 from xloom import XLoraForCausalLM, routers
@@ -686,3 +688,40 @@ def test_a_replay_keeps_nothing_of_the_model_that_it_was_used_with(llama, tmp_pa
         scalings.mul_(0.5)
         with model.routing(replay):
             assert not torch.allclose(model(ids).logits, found)
+
+
+def test_replaced_tensors_are_seen_at_once(llama, tmp_path):
+    """What a site found once is found again when one of its tensors, or its base, is another."""
+    paths = {f"e{n}": make_expert(llama, tmp_path / f"{n}", n, r=2, target_modules="all-linear") for n in range(2)}
+    model = XLoraForCausalLM.from_experts(llama, paths, layerwise_scalings=True)
+    ids, site = torch.arange(4)[None], model.mixture.sites[0]
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            fast = model(ids).logits
+        torch.testing.assert_close(fast, model(ids).logits.detach(), rtol=1e-5, atol=1e-5)
+        return fast
+
+    before = logits()
+    site.B_OR = site.B_OR * 50
+    changed = logits()
+    assert not torch.allclose(changed, before, atol=1e-3)
+    site.B_OR.data = site.B_OR / 50
+    torch.testing.assert_close(logits(), before, rtol=1e-4, atol=1e-4)
+    factors = weakref.ref(site.A_RI)
+    model.to(torch.float64)
+    assert factors() is None, "the old tensors are let go"
+    prune.identity(site.base, "weight")  # leaves a module without the parameter
+    torch.testing.assert_close(logits().float(), before, rtol=1e-3, atol=1e-3)
+
+
+def test_rearranged_tokens_are_refused_with_and_without_gradients(llama, tmp_path):
+    paths = {f"e{n}": make_expert(llama, tmp_path / f"{n}", n, r=2, target_modules="all-linear") for n in range(2)}
+    model = XLoraForCausalLM.from_experts(llama, paths, layerwise_scalings=True)
+    site = model.mixture.sites[0]
+    scalings = torch.rand(2, 3, len(model.sites), 2)
+    turned = torch.randn(3, 2, site.in_features)
+    for context in (torch.enable_grad, torch.no_grad):
+        with context(), model.mixture.routed_by(routers.Precomputed(scalings, once=True)):
+            with pytest.raises(ScalingsShapeError, match="rearranged"):
+                site(turned)

@@ -29,20 +29,26 @@ def frozen_mix(
 
 
 class RankWeights(NamedTuple):
-    """For every site, the weights [M, R] of its ranks; with `rows_SR`, of these ranks alone, the others have none."""
+    """For every site, the weights [M, R] of its ranks; with `rows_SR`, of these ranks alone, the others have none.
+
+    `leading` is the shape of the tokens, whose product is M.
+    """
 
     weights_SMR: Sequence[Tensor]
     rows_SR: Sequence[Tensor] | None
+    leading: torch.Size
 
 
-def spread_over_ranks(scalings_MSN: Tensor, spread_NR: Tensor, ranks: Sequence[int], most: int | None) -> RankWeights:
+def spread_over_ranks(scalings: Tensor, spread_NR: Tensor, ranks: Sequence[int], most: int | None) -> RankWeights:
     """What the ranks of every site are multiplied with.
 
     Args:
+        scalings: [*leading, S, N].
         spread_NR: the same at all sites.
         ranks: of the experts.
         most: experts of a token that may have a scaling other than 0; None: all. On a CPU those that have are counted.
     """
+    leading, scalings_MSN = scalings.shape[:-2], scalings.flatten(0, -3)
     weights_MSR = scalings_MSN.to(spread_NR.dtype) @ spread_NR
     experts, rank = len(ranks), ranks[0]
     used_SN = (scalings_MSN != 0).any(dim=0)
@@ -52,12 +58,12 @@ def spread_over_ranks(scalings_MSN: Tensor, spread_NR: Tensor, ranks: Sequence[i
         used = len(scalings_MSN) * (most or experts)
     # gathering reads, writes and reads again, and is two operations more
     if 4 * used > experts or any(other != rank for other in ranks):
-        return RankWeights(weights_MSR.unbind(1), None)
+        return RankWeights(weights_MSR.unbind(1), None, leading)
     # Sites with fewer experts in use get some that have weight 0, so that all have as many.
     chosen_SU = used_SN.byte().topk(used, dim=-1).indices
     rows_SR = (chosen_SU[..., None] * rank + torch.arange(rank, device=chosen_SU.device)).flatten(1)
     weights_MSR = weights_MSR.gather(2, rows_SR.expand(len(weights_MSR), -1, -1))
-    return RankWeights(weights_MSR.unbind(1), rows_SR.unbind(0))
+    return RankWeights(weights_MSR.unbind(1), rows_SR.unbind(0), leading)
 
 
 def narrow_mix(

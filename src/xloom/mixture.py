@@ -102,19 +102,19 @@ class Mixture:
         """Of all sites, where the router can say them at once and nobody asks what it answered each."""
         return None if self.router is None or self._record is not None else self.router.rank_weights(self)
 
-    def spread_over_ranks(self, scalings_MSN: Tensor, most: int | None) -> RankWeights | None:
+    def spread_over_ranks(self, scalings_BTSN: Tensor, most: int | None) -> RankWeights | None:
         """That of `fused` for few tokens and experts of the same ranks and scales everywhere; else nothing."""
         first = self.sites[0]
         if (
-            scalings_MSN.device != first.spread_NR.device
-            or len(scalings_MSN) > _FEW_TOKENS
-            or scalings_MSN.shape[1:] != (len(self.sites), len(self.expert_names))
-            or torch.is_autocast_enabled(scalings_MSN.device.type)
+            scalings_BTSN.device != first.spread_NR.device
+            or scalings_BTSN.shape[:2].numel() > _FEW_TOKENS
+            or scalings_BTSN.shape[2:] != (len(self.sites), len(self.expert_names))
+            or torch.is_autocast_enabled(scalings_BTSN.device.type)
             or any(site.ranks != first.ranks or site.scales != first.scales for site in self.sites)
         ):
             return None
-        scalings_MSN = scalings_MSN if self.global_weight == 1.0 else scalings_MSN * self.global_weight
-        return spread_over_ranks(scalings_MSN, first.spread_NR, first.ranks, most)
+        scalings_BTSN = scalings_BTSN if self.global_weight == 1.0 else scalings_BTSN * self.global_weight
+        return spread_over_ranks(scalings_BTSN, first.spread_NR, first.ranks, most)
 
     @contextmanager
     def routed_by(self, router: Router | None) -> Iterator[None]:

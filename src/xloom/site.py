@@ -10,7 +10,7 @@ Letters: B batch  T tokens  I in-features  O out-features  N experts  R sum of t
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -49,7 +49,6 @@ class _Frozen(NamedTuple):
     A: Tensor
     B: Tensor
     spread: Tensor
-    narrow: tuple[Tensor, Tensor | None, Tensor, Tensor]  # W, b, A, B as `narrow_mix` takes them
 
 
 class Site(nn.Module):
@@ -149,9 +148,10 @@ class Site(nn.Module):
             if known is not None:
                 weights_MR, rows_SR = known.weights_SMR[self.index], known.rows_SR
                 frozen = self._frozen_parts(x, weights_MR)
-                if frozen is not None and x.numel() == len(weights_MR) * x.shape[-1]:
+                as_given = x.shape[:-1] == known.leading or (x.ndim == 2 and len(x) == len(weights_MR))
+                if frozen is not None and as_given:
                     rows_R = None if rows_SR is None else rows_SR[self.index]
-                    return narrow_mix(x, weights_MR, rows_R, *frozen.narrow)
+                    return narrow_mix(x, weights_MR, rows_R, frozen.W, frozen.b, frozen.A, frozen.B.t())
         scalings = self.mixture.scalings(self, x)
         if scalings is not None and not args and not kwargs and scalings.shape[:-1] == x.shape[:-1]:
             frozen = self._frozen_parts(x, scalings)
@@ -168,7 +168,14 @@ class Site(nn.Module):
         frozen = self._frozen
         base: Any = self._modules["base"]
         parameters, A = base._parameters, self._buffers.get("A_RI")
-        if frozen is None or frozen.A is not A or frozen.W is not parameters["weight"]:
+        if (
+            frozen is None
+            or frozen.A is not A
+            or frozen.B is not self._buffers.get("B_OR")
+            or frozen.W is not parameters.get("weight")
+            or frozen.b is not parameters.get("bias")
+            or type(base) is not nn.Linear
+        ):
             frozen = self._frozen = self._find_frozen(base, A)
             if frozen is None:
                 return None
@@ -177,12 +184,16 @@ class Site(nn.Module):
             return None
         return frozen if x.dtype == W.dtype == frozen.A.dtype and weights.device == x.device else None
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._frozen = None  # or tensors that move would stay alive where they were
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
     def _find_frozen(self, base: Any, A: Tensor | None) -> "_Frozen | None":
         W, b = base._parameters.get("weight"), base._parameters.get("bias")
         B, spread = self._buffers.get("B_OR"), self._buffers.get("spread_NR")
         if not self._is_plain or type(base) is not nn.Linear or W is None or A is None or B is None or spread is None:
             return None
-        return _Frozen(W, b, A, B, spread, (W, b, A, B.t())) if b is None or b.dtype == W.dtype else None
+        return _Frozen(W, b, A, B, spread) if b is None or b.dtype == W.dtype else None
 
     def delta(self, x: Tensor, scalings: Tensor, y: Tensor) -> Tensor:
         """What all experts together add to the base's output `y` for input `x`."""

@@ -254,7 +254,7 @@ def train(
 def _on_rows(
     models: Sequence[str], tasks: Sequence[str], prompts: int, device: str
 ) -> "tuple[dict[str, XLoraForCausalLM], dict[str, list[Tensor]]]":
-    """Models by name (default: those that are shipped), and their prompts by task (default: the built-in suite)."""
+    """Models by name (default: those that are shipped), and their prompts by task (default: the suite's validation)."""
     import torch
     from rich.console import Console
 
@@ -269,7 +269,11 @@ def _on_rows(
     loaded = {name: load(folder, None, console, device=device) for name, folder in folders.items()}
     tokenizer = next(iter(loaded.values()))[1]
     asked = {}
-    for task in load_tasks(pairs("--task", tasks) or builtin_suite(console), limit=prompts):
+    sources: dict[str, Any] = dict(pairs("--task", tasks))
+    if not sources:  # the test rows are for grades alone
+        validation = {name: folder / "valid.jsonl" for name, folder in builtin_suite(console).items()}
+        sources = {name: file for name, file in validation.items() if file.is_file()}
+    for task in load_tasks(sources, limit=prompts):
         rows = tokenise_all([question.row for question in task.questions], tokenizer)
         asked[task.name] = [torch.tensor([ids[:start]], device=device) for ids, start in rows]
     return {name: model for name, (model, _) in loaded.items()}, asked

@@ -40,6 +40,9 @@ class Decoding(ABC):
         self.generator = generator
         self.tally = Tally()
 
+    def check(self, model: TwoPassModel) -> None:  # noqa: B027
+        """Raises ConfigError for a model or router that it cannot write with, before anything runs."""
+
     @abstractmethod
     def stepper(self, model: TwoPassModel, cache: Cache, length: int, mask: Tensor | None, last_SN: Tensor) -> Stepper:
         """How windows go through the model.
@@ -107,6 +110,7 @@ def decode(
         ConfigError: as `Decoding.__call__`.
     """
     _check(input_ids, settings, inputs)
+    how.check(model)
     chooser = Chooser(process, bool(settings.do_sample), how.generator)
     with _started(model, input_ids, inputs, how) as (stepper, last):
         token, scores_V = chooser.choose(input_ids, last.logits_V, None)
@@ -134,7 +138,9 @@ def _started(
     model: TwoPassModel, input_ids: Tensor, inputs: dict[str, Any], how: Decoding
 ) -> Iterator[tuple[Stepper, Written]]:
     """The prompt in the cache, and what it says comes next."""
-    cache = inputs.get("past_key_values") or new_cache(model.config)
+    cache = inputs.get("past_key_values")
+    if cache is None:  # an empty one is false
+        cache = new_cache(model.config)
     inputs["past_key_values"] = cache
     mask, held = inputs.get("attention_mask"), int(cache.get_seq_length())
     positions = {} if mask is None else {name: of[:, held:] for name, of in model.positions(mask).items()}

@@ -65,7 +65,7 @@ Lookup = Callable[[Sequence[int], int], list[int]]  # the text so far and a coun
 
 
 class Policy:
-    """Which drafts a window gets: those that would have been right lately, drafted or not.
+    """Which drafts a window gets, by what would have been right lately, drafted or not.
 
     Looked-up tokens, as many as were right and one at least; and the next token by the newest scalings, where that
     mostly is. Whatever is drafted, what would have been is held against the text as it comes.

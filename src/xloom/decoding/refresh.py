@@ -49,12 +49,14 @@ class Refreshing(Decoding):
         beyond = written - self.after
         return beyond < 0 or (self.every is not None and beyond % self.every == 0)
 
-    def stepper(self, model: TwoPassModel, cache: Cache, length: int, mask: Tensor | None, last_SN: Tensor) -> Stepper:
+    def check(self, model: TwoPassModel) -> None:
         if not model.runs_two_passes:
             raise ConfigError(
                 "refreshing spares scaling passes: expected a model and a router with two passes, found one; leave "
                 "custom_generate out"
             )
+
+    def stepper(self, model: TwoPassModel, cache: Cache, length: int, mask: Tensor | None, last_SN: Tensor) -> Stepper:
         return _Held(model, cache, length, mask, last_SN, self)
 
 
@@ -69,7 +71,8 @@ class _Held(Stepper):
         copies = [working.copied(part) for part in (self._given.scaling.layers, self._given.mixed.layers)]
         scaling, mixed = (Cache(layers=layers) for layers in copies)
         self._split = CacheViews(scaling, mixed, working.copied(self._given.pools))
-        self._undecided: list[int] = []  # the last tokens, which only the mixed pass has seen
+        self._decided = length  # tokens that the scaling pass has seen
+        self._undecided: list[int] = []  # those after them
         self._newest_SN = last_SN
 
     def step(self, window: Sequence[int]) -> Stepped:
@@ -89,12 +92,17 @@ class _Held(Stepper):
     def keep(self, window: int, count: int) -> None:
         assert window == count == 1, "without drafts a window is the text's next token"
         self.model.log(self._newest_SN[None, None])
-        working.cut(self._split.mixed.layers, 0)
+        working.cut([*self._split.scaling.layers, *self._split.mixed.layers], 0)
         self.length += 1
 
     def close(self) -> None:
+        working.cut_to(self._split.mixed.layers, self.length)
+        self._decided = min(self._decided, self.length)  # the last window may not have been kept
+        working.cut_to([*self._split.scaling.layers, *self._split.pools], self._decided)
+        del self._undecided[self.length - self._decided :]
         if self._undecided:
             self._decide(self.length)
+            working.cut(self._split.scaling.layers, 0)
         count = self.length - self._started
         for given, copy in ((self._given.scaling, self._split.scaling), (self._given.mixed, self._split.mixed)):
             working.write_back(given.layers, copy.layers, count)
@@ -102,9 +110,9 @@ class _Held(Stepper):
 
     def _decide(self, stop: int) -> None:
         """The undecided tokens, up to place `stop`, go through the scaling pass; the last one's scalings hold now."""
-        ids, self._undecided = self._undecided, []
+        ids = self._undecided
         hidden_BTD = self.model.scaling_pass(self._inputs(ids, stop), self._split)
-        working.cut(self._split.scaling.layers, 0)
+        self._decided, self._undecided = stop, []
         self._newest_SN = self.model.decide(hidden_BTD, hidden_BTD.new_ones(hidden_BTD.shape[:2]), self._split)[0, -1]
 
     def _inputs(self, ids: Sequence[int], stop: int) -> dict[str, Any]:

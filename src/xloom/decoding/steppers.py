@@ -80,4 +80,5 @@ class OnePass(Stepper):
         self.length += count
 
     def close(self) -> None:
+        working.cut_to(self._cache.layers, self.length)
         working.write_back(self._given.layers, self._cache.layers, self.length - self._started)

@@ -42,6 +42,13 @@ def cut(layers: Sequence[CacheLayerMixin], count: int) -> None:
             layer.crop(-count)
 
 
+def cut_to(layers: Sequence[CacheLayerMixin], length: int) -> None:
+    """What is beyond `length` tokens goes, in each layer by itself: an interrupted forward has reached some of them."""
+    for layer in layers:
+        if layer.is_initialized and (surplus := int(layer.get_seq_length()) - length) > 0:
+            layer.crop(-surplus)
+
+
 def write_back(layers: Sequence[CacheLayerMixin], working: Sequence[CacheLayerMixin], count: int) -> None:
     """Appends the last `count` tokens of copied layers to those they were made from."""
     for layer, copy in zip(layers, working, strict=True):
@@ -137,8 +144,8 @@ def _held(layer: CacheLayerMixin) -> tuple[Tensor, Tensor]:
         length = int(layer.cumulative_length)
         return layer.keys[..., :length, :], layer.values[..., :length, :]
     raise CacheError(
-        f"drafting needs a cache of dynamic or static layers, found {type(layer).__name__}; leave cache_implementation "
-        "at its default, or do not draft"
+        f"this decoding needs a cache of dynamic or static layers, found {type(layer).__name__}; leave "
+        "cache_implementation at its default, or custom_generate out"
     )
 
 

@@ -103,7 +103,7 @@ class Precomputed(Router):
     def rank_weights(self, mixture: "Mixture") -> RankWeights | None:
         if self._wanted:
             self._wanted = False
-            self._rank_weights = mixture.spread_over_ranks(self.scalings_BTSN.flatten(0, 1), self._most)
+            self._rank_weights = mixture.spread_over_ranks(self.scalings_BTSN, self._most)
         return self._rank_weights
 
 
