@@ -24,7 +24,7 @@ def script():
 
 
 def took(seconds: float) -> dict:
-    return {"s_per_token": seconds, "seconds": 9 * seconds, "first_s": seconds, "cores": 1.0, "prompt_tokens": 5}
+    return {"s_per_token": seconds, "seconds": 9 * seconds, "short_s": seconds, "cores": 1.0, "prompt_tokens": 5}
 
 
 def test_ratios_are_those_of_rounds_that_both_got_through(script):
@@ -47,7 +47,7 @@ def test_ratios_are_those_of_rounds_that_both_got_through(script):
     assert rows["mistralrs-xlora-f32"].keys() == {"system", "new_tokens", "rounds", "error"}
 
 
-def test_a_turn_counts_the_tokens_after_the_first(script, monkeypatch: pytest.MonkeyPatch):
+def test_a_turn_counts_the_tokens_after_the_short_text(script, monkeypatch: pytest.MonkeyPatch):
     now = 0.0
 
     def write(new_tokens: int, show: bool) -> dict:
@@ -57,7 +57,7 @@ def test_a_turn_counts_the_tokens_after_the_first(script, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(script.time, "perf_counter", lambda: now)
     turn = script.take_turn(write, 11, False)
-    assert (turn["first_s"], turn["seconds"], turn["s_per_token"]) == (5.0, 25.0, 2.0)
+    assert (turn["short_s"], turn["seconds"], turn["s_per_token"]) == (7.0, 25.0, 2.0)
     with pytest.raises(RuntimeError, match="3 of 11 tokens"):
         script.take_turn(lambda new_tokens, show: {"count": 3}, 11, False)
 
