@@ -16,8 +16,8 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.ma
 demo: $(READY)
 	$(BIN)/xloom demo
 
-test: $(READY)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+test: $(READY)  # several processes of one thread each: small models gain nothing by more
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 check: $(READY)
 	$(BIN)/ruff check .

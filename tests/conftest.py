@@ -1,6 +1,7 @@
 """What every test starts from: no network, one seed, few threads."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -20,6 +21,7 @@ settings.load_profile("xloom")
 
 @pytest.fixture(autouse=True)
 def _same_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
     monkeypatch.setenv("XLOOM_CACHE", str(tmp_path / "xloom-cache"))
     torch.manual_seed(0)
     logging.set_verbosity_error()

@@ -92,7 +92,7 @@ def test_single(model):
     assert all((a - b).abs().max() > 0.01 for a, b in itertools.combinations(answers, 2))
 
 
-@pytest.mark.parametrize("router", [routers.Uniform(), routers.Fixed({"mech": 0.7}), routers.Single("prot")], ids=str)
+@pytest.mark.parametrize("router", [routers.Uniform(), routers.Fixed({"mech": 0.7}), routers.Single("prot")])
 @torch.no_grad()
 def test_one_pass_routers_generate_with_a_cache(model, router):
     ids = prompt(2, 6)

@@ -46,6 +46,21 @@ def test_table_file_and_picture(words, base, tmp_path):
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_prompts_are_validation_rows_where_there_are_any(tmp_path):
+    from xloom.cli.bench import _validation_rows
+
+    for name, files in {
+        "quantum": {"valid": "{}", "test": "{}"},
+        "unseen": {"valid": "", "test": "{}"},
+        "no": {},
+    }.items():
+        (tmp_path / name).mkdir()
+        for file, text in files.items():
+            (tmp_path / name / f"{file}.jsonl").write_text(text)
+    folders = {path.name: path for path in tmp_path.iterdir()}
+    assert _validation_rows(folders) == {"quantum": tmp_path / "quantum" / "valid.jsonl"}
+
+
 def test_memory_hands_its_words_on(monkeypatch, tmp_path):
     from xloom.benchmark import bench_memory as module
 

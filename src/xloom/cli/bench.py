@@ -3,7 +3,7 @@
 Only typer is imported here; everything heavy is imported inside the command that needs it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -270,13 +270,18 @@ def _on_rows(
     tokenizer = next(iter(loaded.values()))[1]
     asked = {}
     sources: dict[str, Any] = dict(pairs("--task", tasks))
-    if not sources:  # the test rows are for grades alone
-        validation = {name: folder / "valid.jsonl" for name, folder in builtin_suite(console).items()}
-        sources = {name: file for name, file in validation.items() if file.is_file()}
+    if not sources:
+        sources = _validation_rows(builtin_suite(console))
     for task in load_tasks(sources, limit=prompts):
         rows = tokenise_all([question.row for question in task.questions], tokenizer)
         asked[task.name] = [torch.tensor([ids[:start]], device=device) for ids, start in rows]
     return {name: model for name, (model, _) in loaded.items()}, asked
+
+
+def _validation_rows(folders: Mapping[str, Path]) -> dict[str, Path]:
+    """The test rows are for grades alone; what is unseen has no others, and its validation file is empty."""
+    files = {name: folder / "valid.jsonl" for name, folder in folders.items()}
+    return {name: file for name, file in files.items() if file.is_file() and file.stat().st_size}
 
 
 def _run(
