@@ -236,23 +236,12 @@ def test_any_pattern_of_right_and_wrong_drafts(text, exact, wrong, guesses, most
     assert tally.tokens == len(text) - 2
 
 
-def test_as_many_are_looked_up_as_were_right():
-    """Drafted or not: a text that repeats itself is found out without a forward."""
-    policy, new, again = Policy(4), [*range(20)], [5, 6, 7, 8] * 8
-    text: list[int] = []
-    counts = []
-    for token in [*again, *(100 + one for one in new), *again]:
-        text.append(token)
-        policy.watch(text)
-        counts.append(len(policy.look_up(text, 99)))
-    assert max(counts[:32]) == counts[31] == 4
-    assert counts[-1] == 4
-    assert policy.look_up(text, 2) == policy.look_up(text, 4)[:2]
-    wrong = Policy(4, lambda so_far, count: [999] * count)
-    for end in range(1, 12):
-        wrong.watch(text[:end])
-    assert wrong.look_up(text, 99) == [999]
-    assert Policy(0).look_up([1, 1, 1], 99) == []
+def test_looking_up_stays_within_bounds():
+    again = [5, 6, 7, 8] * 4
+    assert Policy(4).look_up(again, 99) == [5, 6, 7, 8]
+    assert Policy(4).look_up(again, 2) == [5, 6]
+    assert Policy(4).look_up(again, 0) == Policy(4).look_up(again, -1) == Policy(0).look_up(again, 99) == []
+    assert Policy(2, lambda text, count: [1, 2, 3]).look_up(again, 99) == [1, 2]
 
 
 def test_drafts_that_are_never_right_are_given_up_until_they_are():
@@ -270,10 +259,23 @@ def test_drafts_that_are_never_right_are_given_up_until_they_are():
 def test_lookup_takes_the_latest_of_the_longest_matches():
     assert lookup([1, 2, 3, 9, 1, 2, 3, 8, 7, 1, 2, 3], 2) == [8, 7]
     assert lookup([1, 2, 3, 9, 5, 3, 6, 1, 2, 3], 1) == [9]
+    assert lookup([9, 2, 3, 8, 7, 6, 1, 2, 3], 8) == [8, 7]  # as many as match
     assert lookup([1, 2, 3], 4) == []
-    assert lookup([4, 5, 4, 5], 5) == [4, 5, 4, 5, 4]  # goes round
+    assert lookup([4, 5, 4, 5, 4], 5) == [5, 4, 5]  # goes round
     assert lookup([1, 1], 0) == []
-    assert lookup([], 3) == []
+    assert lookup([], 3) == lookup([1], 3) == []
+
+
+@given(st.lists(st.integers(0, 2), max_size=30), st.integers(0, 5), st.integers(1, 5))
+def test_lookup_means_its_reference(tokens: list[int], most: int, longest: int):
+    """Length by length from the longest on, from the latest place back."""
+    end, expected = len(tokens), []
+    for length in range(min(longest, end - 1), 0, -1):
+        places = [p for p in range(length, end) if tokens[p - length : p] == tokens[end - length :]]
+        if places:
+            expected = [tokens[places[-1] + i % (end - places[-1])] for i in range(min(length, most))]
+            break
+    assert lookup(tokens, most, longest) == expected
 
 
 def test_stream(tmp_path):

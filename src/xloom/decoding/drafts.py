@@ -3,18 +3,21 @@
 from collections.abc import Sequence
 
 
-def lookup(tokens: Sequence[int], count: int, longest: int = 3) -> list[int]:
-    """Up to `count` tokens that followed the last place where the text ended as it does now (prompt lookup).
+def lookup(tokens: Sequence[int], most: int, longest: int = 8) -> list[int]:
+    """Tokens that followed the last place where the text ended as it does now (prompt lookup).
 
-    The longest match of at most `longest` tokens counts, and of equally long ones the latest.
+    The longest match counts, and of equally long ones the latest. As many tokens as it is long, up to `longest`: the
+    more came again, the more will (measured in docs/performance.md).
     """
-    if count < 1:
-        return []
-    end = len(tokens)
-    for length in range(min(longest, end - 1), 0, -1):
-        ending = list(tokens[end - length :])
-        for start in range(end - length - 1, -1, -1):
-            if tokens[start] == ending[0] and list(tokens[start : start + length]) == ending:
-                follows = start + length
-                return [tokens[follows + i % (end - follows)] for i in range(count)]
-    return []
+    end, best, follows = len(tokens), 0, 0
+    longest = min(longest, end - 1)
+    for place in range(end - 1, 0, -1):
+        if tokens[place - 1] == tokens[-1]:
+            length = 1
+            while length < min(longest, place) and tokens[place - 1 - length] == tokens[end - 1 - length]:
+                length += 1
+            if length > best:
+                best, follows = length, place
+                if best == longest:
+                    break
+    return [tokens[follows + i % (end - follows)] for i in range(min(best, most))]

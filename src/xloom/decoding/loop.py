@@ -16,7 +16,7 @@ from torch import Tensor
 from xloom.decoding.drafts import lookup
 from xloom.decoding.steppers import Stepper
 
-_WEIGHT = 0.5  # of the newest in a running mean
+_WEIGHT = 0.25  # of the newest in a running mean
 _WORTH = 0.4  # a joint pass costs 1.5 forwards of one token, and half as much again for each wrong draft
 
 Process = Callable[[Tensor, Tensor], Tensor]  # token ids [1, T] and logits [1, V] -> scores [1, V]
@@ -65,10 +65,8 @@ Lookup = Callable[[Sequence[int], int], list[int]]  # the text so far and a coun
 
 
 class Policy:
-    """Which drafts a window gets, by what would have been right lately, drafted or not.
-
-    Looked-up tokens, as many as were right and one at least; and the next token by the newest scalings, where that
-    mostly is. Whatever is drafted, what would have been is held against the text as it comes.
+    """Which drafts a window gets: tokens looked up in the text, and the next one by the newest scalings, given up while
+    such drafts are wrong. What is not drafted is held against the text all the same.
 
     Args:
         most: bound on tokens that are looked up; 0 for none.
@@ -77,37 +75,25 @@ class Policy:
 
     def __init__(self, most: int, extra: Lookup = lookup) -> None:
         self.most, self._extra = most, extra
-        self._right = 2.0  # running mean of how many tokens of a guess were right
-        self._guess: list[int] = []
-        self._at = 0  # where in the text the guess begins
-        self._so_far = 0  # tokens of it that came
         self._next: tuple[int, int] | None = None  # place and token of the last draft by the newest scalings
-        self._next_right = 1.0  # running mean of such drafts that were right
+        self._right = 1.0  # running mean of such drafts that were right
 
     def look_up(self, text: Sequence[int], room: int) -> list[int]:
         """Tokens to put forward after `text`."""
-        count = min(self.most, max(1, round(max(self._right, self._so_far))), room)
+        count = min(self.most, room)
         return self._extra(text, count)[:count] if count > 0 else []
 
     def takes(self, place: int, token: int) -> bool:
         """Whether a draft by the newest scalings for this place of the text is worth its rows."""
         self._next = place, token
-        return self._next_right > _WORTH
+        return self._right > _WORTH
 
     def watch(self, text: Sequence[int]) -> None:
         """The text has come so far."""
         if self._next is not None and len(text) > self._next[0]:
             place, token = self._next
-            self._next_right += _WEIGHT / 2 * ((text[place] == token) - self._next_right)
+            self._right += _WEIGHT * ((text[place] == token) - self._right)
             self._next = None
-        came = text[self._at :]
-        right = next((i for i, (a, b) in enumerate(zip(self._guess, came)) if a != b), None)
-        self._so_far = min(len(came), len(self._guess)) if right is None else right
-        if right is None and len(came) < len(self._guess):
-            return  # not told yet
-        if self._guess:
-            self._right += _WEIGHT * (self._so_far - self._right)
-        self._guess, self._at, self._so_far = self._extra(text, self.most)[: self.most], len(text), 0
 
 
 class Chooser:
