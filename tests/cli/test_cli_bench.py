@@ -20,8 +20,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def run(*words: str):
-    return CliRunner(env={"COLUMNS": "200"}).invoke(bench, list(words), catch_exceptions=False)
+def run(*words: str, columns: int = 200):
+    return CliRunner(env={"COLUMNS": str(columns)}).invoke(bench, list(words), catch_exceptions=False)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,16 @@ def test_table_file_and_picture(words, base, tmp_path):
     for row in report["rows"]:
         assert row.get("system", "all mixed") in found.output
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_figure_is_cut_short(base, tmp_path):
+    file = tmp_path / "x.json"
+    words = ["prefill", "--prompt-tokens", "5", "--rounds", "1", *TINY_BASE, "--base", base, "--json", str(file)]
+    found = run(*words, columns=40)
+    table = found.output.split("torch")[0]
+    for row in json.loads(file.read_text())["rows"]:
+        assert f"{row['ratio_low']:.2f}-{row['ratio_high']:.2f}" in table
+    assert "…" not in table
 
 
 def test_prompts_are_validation_rows_where_there_are_any(tmp_path):

@@ -309,7 +309,10 @@ def _run(
     console = Console()
     with console.status("starting") as status:
         report = measure(status.update)
-    console.print(report.table())
+    table = report.table()
+    whole = console.measure(table, options=console.options.update(max_width=1_000)).maximum
+    console.width = max(console.width, whole)  # a figure that is cut short says nothing
+    console.print(table)
     if json is not None:
         write_report(report, json)
     if plot is not None:
