@@ -15,6 +15,7 @@ from tiny import ARCHITECTURES, prompt
 from toy import tiny_tokenizer
 from xloom import routers
 from xloom.decoding.drafts import lookup
+from xloom.decoding.joint import Joint
 from xloom.decoding.loop import Chooser, Draft, Policy, Tally, write
 from xloom.decoding.steppers import Stepped, Stepper
 from xloom.errors import CacheError, ConfigError
@@ -179,7 +180,7 @@ class Scripted(Stepper):
         self.seen: list[int] = []
         self.mixed_exact = 0
 
-    def step(self, window: Sequence[int]) -> Stepped:
+    def step(self, window: Sequence[int], *, ahead: bool = True) -> Stepped:
         # at least what the last step has seen of this window is exact
         again = next((i for i, (a, b) in enumerate(zip(window, self.seen)) if a != b), min(len(window), len(self.seen)))
         self.window, self.seen = list(window), list(window)
@@ -193,7 +194,8 @@ class Scripted(Stepper):
                 right = (right + 1) % 10
             logits[place, right] = 1.0
         self.mixed_exact = exact
-        return Stepped(logits, torch.zeros(len(window), 1, 1), exact)
+        shown = len(window) if ahead else exact
+        return Stepped(logits[:shown], torch.zeros(shown, 1, 1), exact)
 
     def keep(self, window: int, count: int) -> None:
         assert window == len(self.window)
@@ -245,15 +247,38 @@ def test_looking_up_stays_within_bounds():
 
 
 def test_drafts_that_are_never_right_are_given_up_until_they_are():
+    """Given up, they are asked for now and then, in forwards that see a token and not only in those that judge one."""
     policy, text = Policy(0), [0]
-    taken = []
-    for step in range(40):
-        right = step >= 20
-        taken.append(policy.takes(len(text), 1 if right else 2))
+    taken, asked = [], []
+    for step in range(120):
+        right = step >= 60
+        asked.append(policy.asks())
+        taken.append(asked[-1] and policy.takes(len(text), 1 if right else 2))
         text.append(1)
         policy.watch(text)
-    assert taken[0] and not any(taken[6:20])
+    assert taken[0] and not any(taken[6:60])
+    assert {step % 2 for step in range(20, 60) if asked[step]} == {0, 1}
+    assert sum(asked[20:60]) < 8
     assert all(taken[-12:])
+
+
+def test_a_head_that_jumps_costs_no_more_than_two_passes(tmp_path, monkeypatch):
+    """Where no draft is right, a token takes two forwards of one token, as plain decoding does, and an odd third."""
+    model, ids = mixed("llama", tmp_path), prompt(1, 5)
+    rows: list[int] = []
+    real = Joint._forward
+
+    def counted(self, window, exact, used_WSN, ahead):
+        rows.append(exact + (len(window) - exact) * (1 + ahead))
+        return real(self, window, exact, used_WSN, ahead)
+
+    monkeypatch.setattr(Joint, "_forward", counted)
+    monkeypatch.setattr(Chooser, "propose", lambda self, ids_1T, logits_V: Draft(int(logits_V.argmin())))
+    way = xloom.speculative(0)
+    text = model.generate(ids, custom_generate=way, max_new_tokens=80, do_sample=False)
+    assert torch.equal(text, model.generate(ids, max_new_tokens=80, do_sample=False))
+    assert way.tally.tokens == 79
+    assert sum(rows[20:]) / len(rows[20:]) < 1.2
 
 
 def test_lookup_takes_the_latest_of_the_longest_matches():

@@ -2,7 +2,7 @@
 
     mixed pass     tokens that the last step has seen, with their true scalings: exact
     scaling pass   tokens that are new: their hidden states give their true scalings
-    mixed pass     the same new tokens, with the newest true scalings: nearly right
+    mixed pass     the same new tokens, with the newest true scalings: nearly right, and left out where of no use
 
 so that a token is exact one step after it was first seen, and what comes next is known nearly at once.
 Letters: T tokens of both passes  W tokens of the window  V vocabulary  S sites  N experts
@@ -52,26 +52,26 @@ class Joint(Stepper):
         self._seen: list[int] = []  # tokens after the kept ones whose true scalings are known
         self._known_WSN = last_SN[None][:0]
 
-    def step(self, window: Sequence[int]) -> Stepped:
+    def step(self, window: Sequence[int], *, ahead: bool = True) -> Stepped:
         exact = _same(window, self._seen)
         new = len(window) - exact
         self._forget(exact)
         known_WSN = self._known_WSN
         newest_SN = known_WSN[-1] if exact else self._last_SN
         used_WSN = torch.cat([known_WSN, newest_SN.expand(new, -1, -1)])
-        logits_WV, decided_WSN = self._forward(window, exact, used_WSN)
+        logits_WV, decided_WSN = self._forward(window, exact, used_WSN, ahead)
         self._seen, self._known_WSN = list(window), torch.cat([known_WSN, decided_WSN])
-        return Stepped(logits_WV, used_WSN, exact)
+        return Stepped(logits_WV, used_WSN[: len(logits_WV)], exact)
 
-    def _forward(self, window: Sequence[int], exact: int, used_WSN: Tensor) -> tuple[Tensor, Tensor]:
-        new, device = len(window) - exact, self.model.device
+    def _forward(self, window: Sequence[int], exact: int, used_WSN: Tensor, ahead: bool) -> tuple[Tensor, Tensor]:
+        device, again = self.model.device, exact if ahead else len(window)
         places = torch.arange(self.length, self.length + len(window), device=device)
-        positions = torch.cat([places, places[exact:]])
+        positions = torch.cat([places, places[again:]])
         passes = torch.full_like(positions, working.MIXED)
-        scaling = slice(exact, exact + new)
+        scaling = slice(exact, len(window))
         passes[scaling] = working.SCALING
-        ids = torch.tensor([[*window, *window[exact:]]], device=device)
-        scalings = torch.cat([used_WSN, used_WSN[exact:]])
+        ids = torch.tensor([[*window, *window[again:]]], device=device)
+        scalings = torch.cat([used_WSN, used_WSN[again:]])
         split = CacheViews(self._slots.cache, self._slots.cache, self._pools)
         with grouped(self.model.base):
             out = _joint_pass(

@@ -17,6 +17,8 @@ from xloom.decoding.drafts import lookup
 from xloom.decoding.steppers import Stepper
 
 _WEIGHT = 0.25  # of the newest in a running mean
+# forwards until drafts that were given up are asked for; odd, as forwards that see a token and that judge it take turns
+_PROBE = 7
 _WORTH = 0.4  # a joint pass costs 1.5 forwards of one token, and half as much again for each wrong draft
 
 Process = Callable[[Tensor, Tensor], Tensor]  # token ids [1, T] and logits [1, V] -> scores [1, V]
@@ -66,7 +68,7 @@ Lookup = Callable[[Sequence[int], int], list[int]]  # the text so far and a coun
 
 class Policy:
     """Which drafts a window gets: tokens looked up in the text, and the next one by the newest scalings, given up while
-    such drafts are wrong. What is not drafted is held against the text all the same.
+    such drafts are wrong. Now and then one is asked for and only held against the text.
 
     Args:
         most: bound on tokens that are looked up; 0 for none.
@@ -77,11 +79,17 @@ class Policy:
         self.most, self._extra = most, extra
         self._next: tuple[int, int] | None = None  # place and token of the last draft by the newest scalings
         self._right = 1.0  # running mean of such drafts that were right
+        self._forwards = 0  # since they were given up
 
     def look_up(self, text: Sequence[int], room: int) -> list[int]:
         """Tokens to put forward after `text`."""
         count = min(self.most, room)
         return self._extra(text, count)[:count] if count > 0 else []
+
+    def asks(self) -> bool:
+        """Whether the next forward is to say what follows its window by the newest scalings."""
+        self._forwards = 0 if self._right > _WORTH else self._forwards + 1
+        return self._forwards % _PROBE == 0
 
     def takes(self, place: int, token: int) -> bool:
         """Whether a draft by the newest scalings for this place of the text is worth its rows."""
@@ -158,7 +166,8 @@ def write(
         more = policy.look_up([*text, *(draft.token for draft in drafts)], room() - len(drafts))
         drafts += [Draft(token) for token in more]
         window = [text[-1], *(draft.token for draft in drafts)]
-        out = stepper.step(window)
+        asked = chooser.samples or policy.asks()
+        out = stepper.step(window, ahead=asked)
         tally.forwards += 1
         tally.widest = max(tally.widest, len(window))
 
@@ -179,10 +188,11 @@ def write(
             if rejected:
                 break
         stepper.keep(len(window), min(out.exact, right))
-        left = drafts[right - 1 :]
-        drafts = [] if rejected else _revised(chooser, ids_1T, text, left, out.logits_WV[right - 1 :])
-        if drafts and not chooser.samples and not policy.takes(len(text), drafts[0].token):
-            drafts = []
+        drafts = [] if rejected else drafts[right - 1 :]
+        if asked and not rejected:
+            drafts = _revised(chooser, ids_1T, text, drafts, out.logits_WV[right - 1 :])
+            if drafts and not chooser.samples and not policy.takes(len(text), drafts[0].token):
+                drafts = []
 
 
 def _revised(

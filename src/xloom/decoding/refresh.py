@@ -75,7 +75,7 @@ class _Held(Stepper):
         self._undecided: list[int] = []  # those after them
         self._newest_SN = last_SN
 
-    def step(self, window: Sequence[int]) -> Stepped:
+    def step(self, window: Sequence[int], *, ahead: bool = True) -> Stepped:
         self._undecided += window
         if self._how.is_due(self.length - self._started):
             self._decide(self.length + len(window))

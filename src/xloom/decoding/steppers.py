@@ -17,7 +17,10 @@ from xloom.passes import TwoPassModel
 
 
 class Stepped(NamedTuple):
-    """What a window gave: logits [W, V], the scalings [W, S, N] they were computed with, and how many are exact."""
+    """What a window gave: logits [W, V], the scalings [W, S, N] they were computed with, and how many are exact.
+
+    With `ahead=False` there may be no more than the exact ones.
+    """
 
     logits_WV: Tensor
     scalings_WSN: Tensor
@@ -36,8 +39,12 @@ class Stepper(ABC):
         self._started = length
 
     @abstractmethod
-    def step(self, window: Sequence[int]) -> Stepped:
-        """The window's tokens follow those that are kept."""
+    def step(self, window: Sequence[int], *, ahead: bool = True) -> Stepped:
+        """The window's tokens follow those that are kept.
+
+        Args:
+            ahead: whether logits that are not exact are of use.
+        """
 
     @abstractmethod
     def keep(self, window: int, count: int) -> None:
@@ -62,7 +69,7 @@ class OnePass(Stepper):
         self._cache = Cache(layers=working.copied(cache.layers))
         self._scalings_WSN: Tensor
 
-    def step(self, window: Sequence[int]) -> Stepped:
+    def step(self, window: Sequence[int], *, ahead: bool = True) -> Stepped:
         inputs = {"input_ids": torch.tensor([window], device=self.model.device)}
         if self._mask is not None:
             more = self._mask.new_ones(1, self.length + len(window) - self._mask.shape[1])
