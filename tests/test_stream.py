@@ -184,6 +184,7 @@ class Scripted(Stepper):
         # at least what the last step has seen of this window is exact
         again = next((i for i, (a, b) in enumerate(zip(window, self.seen)) if a != b), min(len(window), len(self.seen)))
         self.window, self.seen = list(window), list(window)
+        assert self.length + len(window) < len(self.text), "the last token of a text does not enter the model"
         exact = min(len(window), again + (self.exact.pop() if self.exact else 0))
         logits = torch.zeros(len(window), 10)
         for place in range(len(window)):
@@ -262,7 +263,18 @@ def test_drafts_that_are_never_right_are_given_up_until_they_are():
     assert all(taken[-12:])
 
 
-def test_a_head_that_jumps_costs_no_more_than_two_passes(tmp_path, monkeypatch):
+@pytest.mark.parametrize("fields", [{}, EARLY])
+def test_a_text_may_end_where_the_base_has_no_more_positions(fields: dict, tmp_path):
+    model = mixed("opt", tmp_path, **fields)  # 128 learned positions; the last token of a text needs none
+    with torch.no_grad():  # drafts that are right
+        for parameter in model.head.parameters():
+            parameter.mul_(0.02)
+    ids, options = prompt(1, 12).repeat(1, 10), {"max_new_tokens": 9, "do_sample": False}
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, custom_generate=xloom.speculative(), **options), expected)
+
+
+def test_a_head_that_jumps_takes_the_rows_of_two_passes(tmp_path, monkeypatch):
     """Where no draft is right, a token takes two forwards of one token, as plain decoding does, and an odd third."""
     model, ids = mixed("llama", tmp_path), prompt(1, 5)
     rows: list[int] = []
@@ -295,7 +307,7 @@ def test_lookup_takes_the_latest_of_the_longest_matches():
 def test_lookup_means_its_reference(tokens: list[int], most: int, longest: int):
     """Length by length from the longest on, from the latest place back."""
     end, expected = len(tokens), []
-    for length in range(min(longest, end - 1), 0, -1):
+    for length in range(min(max(longest, most), end - 1), 0, -1):
         places = [p for p in range(length, end) if tokens[p - length : p] == tokens[end - length :]]
         if places:
             expected = [tokens[places[-1] + i % (end - places[-1])] for i in range(min(length, most))]

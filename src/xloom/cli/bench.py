@@ -28,7 +28,9 @@ JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the resul
 PlotOption = Annotated[Path | None, typer.Option(help="Write a picture (.png, .svg or .pdf) to this file.")]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
 ModelOption = Annotated[list[str] | None, typer.Option(help="name=folder of an X-LoRA model, once each.")]
-TaskOption = Annotated[list[str] | None, typer.Option(help="name=rows.jsonl, once for each; default: the suite.")]
+TaskOption = Annotated[
+    list[str] | None, typer.Option(help="name=rows.jsonl, once for each; default: the suite's validation.")
+]
 
 
 @bench.command()

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 def lookup(tokens: Sequence[int], most: int, longest: int = 8) -> list[int]:
     """Tokens that followed the last place where the text ended as it does now (prompt lookup).
 
-    The longest match counts, and of equally long ones the latest. As many tokens as it is long, up to `longest`: the
-    more came again, the more will (measured in docs/performance.md).
+    The longest match counts, up to `longest` tokens or `most`, and of equally long ones the latest. As many tokens as
+    it is long, `most` at most: the more came again, the more will (docs/performance.md).
     """
     end, best, follows = len(tokens), 0, 0
-    longest = min(longest, end - 1)
+    longest = min(max(longest, most), end - 1)
     for place in range(end - 1, 0, -1):
         if tokens[place - 1] == tokens[-1]:
             length = 1

@@ -32,7 +32,6 @@ class Tally:
     tokens: int = 0
     drafted: int = 0
     accepted: int = 0
-    widest: int = 0
 
     def count(self, *, drafted: bool, accepted: bool) -> None:
         self.tokens += 1
@@ -68,7 +67,8 @@ Lookup = Callable[[Sequence[int], int], list[int]]  # the text so far and a coun
 
 class Policy:
     """Which drafts a window gets: tokens looked up in the text, and the next one by the newest scalings, given up while
-    such drafts are wrong. Now and then one is asked for and only held against the text.
+    such drafts are wrong (greedy text alone: drawn drafts go on). Now and then one is asked for and only held against
+    the text.
 
     Args:
         most: bound on tokens that are looked up; 0 for none.
@@ -127,7 +127,7 @@ class Chooser:
         if draft is None:
             return self._draw(p_V), scores_V
         q_V = draft.q_V if draft.q_V is not None else _certain(draft.token, p_V)
-        if torch.rand((), generator=self._generator) * q_V[draft.token] < p_V[draft.token]:
+        if torch.rand((), generator=self._generator, device=p_V.device) * q_V[draft.token] < p_V[draft.token]:
             return draft.token, scores_V
         return self._draw((p_V - q_V).clamp(min=0)), scores_V
 
@@ -161,15 +161,15 @@ def write(
     text = [*ids_1T[0].tolist(), first]
     drafts: list[Draft] = []
     while True:
-        drafts = drafts[: max(0, room())]
+        most = room() - 1  # the last token is chosen all the same, and its place may be beyond the base's positions
+        drafts = drafts[: max(0, most)]
         policy.watch(text)
-        more = policy.look_up([*text, *(draft.token for draft in drafts)], room() - len(drafts))
+        more = policy.look_up([*text, *(draft.token for draft in drafts)], most - len(drafts))
         drafts += [Draft(token) for token in more]
         window = [text[-1], *(draft.token for draft in drafts)]
         asked = chooser.samples or policy.asks()
         out = stepper.step(window, ahead=asked)
         tally.forwards += 1
-        tally.widest = max(tally.widest, len(window))
 
         right, rejected = 1, False  # tokens of the window that are the text's
         for i in range(out.exact):

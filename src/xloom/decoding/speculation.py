@@ -21,7 +21,8 @@ MOST_LOOKED_UP = 8
 @final
 class Speculative(Decoding):
     """Greedy text is that of plain decoding (float32; in 16 bits near-ties may fall the other way); drawn text has the
-    same distribution. One sequence at a time.
+    same distribution. Not so with `dynamic` rope, nor with `longrope` beyond its original length. One sequence at a
+    time.
 
     Two-pass models draft with the newest scalings; all models with what followed the same words before (prompt lookup).
 
