@@ -1,6 +1,8 @@
 """Speculation changes nothing but the number of forwards; `stream` shows what `generate` writes."""
 
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import pytest
@@ -367,3 +369,24 @@ def test_what_it_cannot_do_is_refused(tmp_path):
             model.generate(**given_, **options)
     with pytest.raises(ConfigError, match="0 or more, found -1"):
         xloom.speculative(-1)
+
+
+LEFT_OPEN = """
+import sys, torch
+sys.path[:0] = {path!r}
+from pathlib import Path
+import xloom
+from test_architectures import mixed
+from tiny import prompt
+model = mixed("llama", Path({folder!r}))
+[step.nothing for step in model.stream(prompt(1, 9), speculative=True, max_new_tokens=30)]
+"""
+
+
+def test_a_text_left_open_when_the_interpreter_ends(tmp_path):
+    """An error nobody catches keeps the text until then; the process ends with that error and no crash."""
+    script = tmp_path / "script.py"
+    script.write_text(LEFT_OPEN.format(path=[path for path in sys.path if path], folder=str(tmp_path)))
+    ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1, ended.stderr
+    assert ended.stderr.rstrip().splitlines()[-1] == "AttributeError: 'Step' object has no attribute 'nothing'"

@@ -6,6 +6,7 @@ model.stream(ids, custom_generate=way, max_new_tokens=200)
 Letters: T tokens  V vocabulary  S sites  N experts
 """
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -152,7 +153,8 @@ def _started(
     try:
         yield stepper, last
     finally:
-        stepper.close()
+        if not sys.is_finalizing():  # a text left open when the interpreter ends: tensors may no longer be worked with
+            stepper.close()
 
 
 def _check(input_ids: Tensor, settings: GenerationConfig, inputs: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ distributed as if no draft had been there. Greedy text is the model's greedy tex
 Letters: W tokens of the window  V vocabulary  S sites  N experts
 """
 
+import sys
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -181,7 +182,8 @@ def write(
             try:
                 yield Written(token, out.logits_WV[i], scores_V, out.scalings_WSN[i], accepted)
             except GeneratorExit:  # the last token stays out of the cache, as with `generate`
-                stepper.keep(len(window), i + 1)
+                if not sys.is_finalizing():
+                    stepper.keep(len(window), i + 1)
                 raise
             right += accepted
             rejected = not accepted
