@@ -26,7 +26,6 @@ from xloom.benchmark.systems import Decoded, System, of_models
 from xloom.benchmark.tables import BASE
 from xloom.benchmark.timing import load, machine, spread
 from xloom.evaluation import Bench, Question, load_tasks
-from xloom.evaluation.bench import changed
 from xloom.evaluation.statistics import Comparison
 from xloom.seeing.plots import COLOURS, GREY, save, styled
 from xloom.suite.shelf import rows_of
@@ -43,13 +42,13 @@ class Way:
 
     Args:
         custom: makes what `generate` takes as `custom_generate`.
-        fields: of the config, for as long as it writes.
+        router: who decides while it writes.
         same_as: the way whose text it must give.
     """
 
     model: str
     custom: Callable[[], Any] | None = None
-    fields: Mapping[str, Any] = field(default_factory=dict)
+    router: routers.Router = field(default_factory=routers.XLora)
     same_as: str | None = None
 
 
@@ -61,7 +60,7 @@ WAYS = {
     "frozen after the prompt": Way(TWO, xloom.refreshing),
     "single pass": Way(ONE),
     "single pass, drafts": Way(ONE, xloom.speculative, same_as="single pass"),
-    "single pass, top 1": Way(ONE, fields={"top_k_lora": 1}),
+    "single pass, top 1": Way(ONE, router=routers.XLora(top_k=1)),
 }
 
 
@@ -77,7 +76,7 @@ class Bed:
     @contextmanager
     def system(self, name: str) -> Iterator[System]:
         way = WAYS[name]
-        with changed(self.models[way.model].config, way.fields):
+        with self.models[way.model].routing(way.router):
             yield System(name, self.models[way.model], way=way.custom)
 
     def answer(self, system: System, question: Question) -> str:

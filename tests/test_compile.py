@@ -19,18 +19,18 @@ FORMS = {
 KINDS = ("llama", "mistral", "gemma3_text", "gpt2", "bloom")
 
 
-def check_steps(model, kind: str) -> None:
+def check_steps(model, kind: str, **asked) -> None:
     """Steps 6 to 8 of a text, from the compiled forward, against the uncached whole."""
     torch.compiler.reset()
     ids = prompt(1, 9)
     cache = StaticCache(config=model.config, max_cache_len=16)
     step = torch.compile(model.forward, fullgraph=True, dynamic=False, backend="eager")
     with torch.no_grad():
-        whole = model(ids, use_cache=False)
-        model(ids[:, :6], past_key_values=cache)
+        whole = model(ids, use_cache=False, **asked)
+        model(ids[:, :6], past_key_values=cache, **asked)
         for place in range(6, 9):
-            positions = {"position_ids": torch.tensor([[place]])}
-            out = step(input_ids=ids[:, place : place + 1], past_key_values=cache, use_cache=True, **positions)
+            given = {"position_ids": torch.tensor([[place]]), "past_key_values": cache, "use_cache": True}
+            out = step(input_ids=ids[:, place : place + 1], **given, **asked)
             torch.testing.assert_close(out.logits[:, -1], whole.logits[:, place], rtol=0, atol=tolerance(kind))
             torch.testing.assert_close(out.scalings[:, -1], whole.scalings[:, place], rtol=0, atol=tolerance(kind))
 
@@ -48,8 +48,14 @@ def test_of_every_kind_of_head(form: str, tmp_path):
 def test_with_other_routers(tmp_path):
     model = mixed("llama", tmp_path, **POOLED)
     for router in (routers.XLora(without=["a"]), routers.Uniform()):
-        with model.routing(router):
-            check_steps(model, "llama")
+        check_steps(model, "llama", routing=router)
+
+
+def test_a_block_that_a_compiled_forward_cannot_see_is_an_error(tmp_path):
+    model = mixed("llama", tmp_path)
+    step = torch.compile(model.forward, fullgraph=True, backend="eager")
+    with model.routing(routers.Uniform()), pytest.raises(Exception, match="pass routing="):
+        step(prompt(1, 3))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -12,7 +12,7 @@ import xloom
 
 SOURCE = Path(xloom.__file__).parent
 ORDER = (
-    "errors", "files", "suite", "config", "gating", "experts", "modules", "fused", "site", "mixture", "routers",
+    "errors", "files", "suite", "config", "gating", "experts", "modules", "fused", "call", "site", "mixture", "routers",
     "cache", "checkpoints", "architecture", "trace", "passes", "decoding", "loading", "model", "classification",
     "merging", "training", "collapse", "seeing", "report", "evaluation", "benchmark", "cli", "__main__",
 )  # fmt: skip

@@ -16,18 +16,19 @@ from torch.nn.utils import prune
 from tiny import make_expert, prompt, tiny_base
 from xloom import XLoraForCausalLM, routers
 from xloom import site as site_module
+from xloom.call import Asked, Call
 from xloom.errors import ConfigError, NoMatchingSiteError, ScalingsShapeError
 from xloom.experts import Expert, LowRank
 from xloom.fused import frozen_mix, narrow_mix, spread_over_ranks
 from xloom.mixture import Mixture
 from xloom.modules import dense_weight
-from xloom.routers import HiddenStateRouter
-from xloom.site import Router, Site, dora_gain
+from xloom.routers import SiteRouter
+from xloom.site import Site, dora_gain
 
 F64 = torch.float64
 
 
-class Given(Router):
+class Given(SiteRouter):
     """The same scalings [..., N] at every site."""
 
     def __init__(self, scalings: torch.Tensor) -> None:
@@ -37,7 +38,7 @@ class Given(Router):
         return self.given
 
 
-class PerSite(Router):
+class PerSite(SiteRouter):
     """Scalings that differ at every token, site and expert, and are the same again for the same site."""
 
     def __init__(self, batch: int, tokens: int, experts: int, dtype: torch.dtype = F64) -> None:
@@ -46,6 +47,12 @@ class PerSite(Router):
     def scalings(self, site: Site, x: torch.Tensor) -> torch.Tensor:
         generator = torch.Generator().manual_seed(site.index)
         return torch.randn(self.shape, generator=generator, dtype=F64).to(self.dtype)
+
+
+def routed(mixture: Mixture, router: SiteRouter):
+    """Every site asks the router inside the block."""
+    nothing = torch.zeros(1, 1, len(mixture.sites), len(mixture.expert_names))
+    return mixture.current.running(Call().decided(nothing, asked=(Asked(router.scalings, None),)))
 
 
 class Reference:
@@ -123,7 +130,7 @@ def test_delta_means_its_reference(ranks, inputs, outputs, base_bias, biases, do
     with torch.no_grad():
         torch.testing.assert_close(site.delta_reference(x, scalings, y), expected, rtol=1e-8, atol=1e-8)
         torch.testing.assert_close(site.delta(x, scalings, y), expected, rtol=1e-8, atol=1e-8)
-        with mixture.routed_by(Given(scalings)):
+        with routed(mixture, Given(scalings)):
             torch.testing.assert_close(mixture.base.it(x), y + expected, rtol=1e-8, atol=1e-8)
 
 
@@ -315,21 +322,16 @@ def test_install_and_remove_leave_the_base_as_it_was(kind, tmp_path):
     before = base(ids).logits
 
     mixture = Mixture(base, {"a": expert})
-    assert torch.equal(base(ids).logits, before), "no router: the base alone"
-    with mixture.routed_by(Given(torch.ones(2, 6, 1))):
+    assert torch.equal(base(ids).logits, before), "no call: the base alone"
+    with routed(mixture, Given(torch.ones(2, 6, 1))):
         assert not torch.equal(base(ids).logits, before)
-    assert mixture.router is None
-    sites = mixture.sites
+    assert mixture.current.call is None
     mixture.remove()
     assert [(name, id(module)) for name, module in base.named_modules()] == modules
     assert {name: p.data_ptr() for name, p in base.named_parameters()} == pointers
     assert list(base.state_dict()) == list(state)
     assert all(torch.equal(value, state[key]) for key, value in base.state_dict().items())
     assert torch.equal(base(ids).logits, before)
-
-    mixture.put_back(sites)
-    with mixture.routed_by(Given(torch.ones(2, 6, 1))):
-        assert not torch.equal(base(ids).logits, before)
 
 
 @torch.no_grad()
@@ -543,14 +545,13 @@ def test_routing_is_left_behind_after_an_error(llama, expert_paths):
         with model.routing(Given(torch.ones(1, 4, 2))):
             model(prompt(1, 4))
     assert isinstance(model.router, routers.XLora)
-    assert model.mixture.router is None
+    assert model.mixture.current.call is None
 
 
-def test_recording(llama, expert_paths):
+def test_what_sites_were_answered(llama, expert_paths):
     model = XLoraForCausalLM.from_experts(llama, expert_paths)
-    with model.mixture.routed_by(Given(torch.ones(1, 4, 3))), model.mixture.recording() as record:
-        llama(prompt(1, 4))
-    assert sorted(record) == list(range(len(model.sites)))
+    found = model(prompt(1, 4), routing=Given(torch.full((1, 4, 3), 0.25))).scalings
+    assert torch.equal(found, torch.full((1, 4, len(model.sites), 3), 0.25))
 
 
 def test_json_of_an_expert_survives(tmp_path, llama):
@@ -655,18 +656,12 @@ def test_a_model_without_gradients_is_the_same_as_with(llama, tmp_path, top_k, t
     assert len(calls) == (2 * len(model.sites) if targets[0] == targets[1] else 0)
 
 
-class Flat(HiddenStateRouter):
-    """All experts alike, whatever `top_k_lora` says."""
-
-    def decide(self, logits_BTSC, config, experts):
-        return torch.full((*logits_BTSC.shape[:-1], len(experts)), 0.5)
-
-
-def test_a_router_that_ignores_top_k_keeps_all_its_experts(llama, tmp_path):
+@pytest.mark.parametrize("router", [routers.Uniform(), routers.XLora(top_k=4)])
+def test_a_router_that_ignores_top_k_keeps_all_its_experts(llama, tmp_path, router):
     paths = {f"e{n}": make_expert(llama, tmp_path / f"{n}", n, r=2, target_modules="all-linear") for n in range(4)}
     model = XLoraForCausalLM.from_experts(llama, paths, layerwise_scalings=True, top_k_lora=1)
     ids = torch.arange(1)[None]
-    with model.routing(Flat()):
+    with model.routing(router):
         expected = model(ids).logits.detach()
         with torch.no_grad():
             torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
@@ -722,6 +717,6 @@ def test_rearranged_tokens_are_refused_with_and_without_gradients(llama, tmp_pat
     scalings = torch.rand(2, 3, len(model.sites), 2)
     turned = torch.randn(3, 2, site.in_features)
     for context in (torch.enable_grad, torch.no_grad):
-        with context(), model.mixture.routed_by(routers.Precomputed(scalings, once=True)):
+        with context(), model.mixture.current.running(model.mix(Call(), model.routing_of(None), scalings)):
             with pytest.raises(ScalingsShapeError, match="rearranged"):
                 site(turned)

@@ -3,10 +3,13 @@
 The one place that looks into the structure of transformers' models.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any, Literal, Protocol
 
 import torch
@@ -19,6 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from xloom.call import Call, Current
 from xloom.config import XLoraConfig, layer_types
 from xloom.errors import (
     BaseMismatchError,
@@ -30,6 +34,7 @@ from xloom.errors import (
     names,
 )
 from xloom.experts import Expert
+from xloom.site import Site
 from xloom.suite.base_model import resolve_base
 
 Kind = Literal["causal", "classification"]  # what a base puts on top of its decoder
@@ -135,7 +140,7 @@ def check_base(model: nn.Module, kind: Kind = "causal") -> None:
         raise UnsupportedArchitectureError(f"{name}: expected a decoder-only {wanted}")
     if model.base_model is model or (kind == "causal" and model.get_output_embeddings() is None):
         raise UnsupportedArchitectureError(f"{name}: has no decoder apart from its head")
-    if any(type(module).__name__ in {"Site", "GateLayer"} for module in model.modules()):
+    if any(isinstance(module, (Site, GateLayer)) for module in model.modules()):
         raise UnsupportedArchitectureError(f"{name}: carries a mixture of experts already; unload() it first")
     if getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config"):
         raise UnsupportedArchitectureError(f"{name}: carries PEFT adapters; pass the plain base and name the adapters")
@@ -216,12 +221,17 @@ def _is_below(module: str, layers: str, gate: int, model: PreTrainedModel) -> bo
 
 
 class GateLayer(nn.Module):
-    """A decoder layer whose incoming hidden state is shown to someone first, or comes from someone."""
+    """A decoder layer of a gated model: runs, or hands on what it gets, as the call that runs says.
 
-    def __init__(self, layer: nn.Module) -> None:
+    Args:
+        number: of the layer.
+        is_gate: whether the hidden state that enters it is what the head reads.
+    """
+
+    def __init__(self, layer: nn.Module, number: int, is_gate: bool, current: Current) -> None:
         super().__init__()
         self.layer = layer
-        self.on_hidden: Callable[[Tensor], Tensor | None] | None = None
+        self.number, self.is_gate, self.current = number, is_gate, current
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -232,104 +242,116 @@ class GateLayer(nn.Module):
             return getattr(super().__getattr__("layer"), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.on_hidden is not None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            replaced = self.on_hidden(hidden)
+        call = self.current.call
+        if call is None:
+            return self.layer(*args, **kwargs)
+        if self.is_gate and call.at_gate is not None:
+            replaced = call.at_gate(args[0] if args else kwargs["hidden_states"])
             if replaced is not None:
                 args, kwargs = ((replaced, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": replaced})
-        return self.layer(*args, **kwargs)
-
-    @contextmanager
-    def watched_by(self, on_hidden: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-        self.on_hidden = on_hidden
-        try:
-            yield
-        finally:
-            self.on_hidden = None
-
-
-class _Skipped(nn.Module):
-    """In a decoder layer's place: hands on what it gets, in the form in which the layer hands it on."""
-
-    def __init__(self, layer: nn.Module, as_tuple: bool) -> None:
-        super().__init__()
-        self._layer = (layer,)  # in a tuple: not a submodule
-        self._as_tuple = as_tuple
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "_layer":
-                raise
-            return getattr(self._layer[0], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden,) if self._as_tuple else hidden
+        if self.number < call.first or (call.stop is not None and self.number >= call.stop):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            return (hidden,) if call.in_tuples else hidden
+        output = self.layer(*args, **kwargs)
+        if call.layer_outputs is not None:
+            call.layer_outputs.append(type(output))
+        return output
 
 
 class Gate:
-    """The gate layer in its place in the base; `remove` and `put_back` take it out and in."""
+    """An early gate: every decoder layer of the base in a `GateLayer`, until `remove`.
 
-    def __init__(self, model: PreTrainedModel, index: int) -> None:
-        self._model, self._index = model, index
+    Args:
+        index: of the layer that the head's input enters.
+    """
+
+    def __init__(self, model: PreTrainedModel, index: int, current: Current) -> None:
+        self.index = index
+        self._model, self._current = model, current
         self._layers = decoder_layers(model)[1]
-        self._wrapped = GateLayer(self._layers[index])
-        self._as_tuple: bool | None = None
-        self.put_back()
-
-    def put_back(self) -> None:
-        self._layers[self._index] = self._wrapped
+        self._in_tuples: bool | None = None
+        for number, layer in enumerate(self._layers):
+            self._layers[number] = GateLayer(layer, number, number == index, current)
 
     def remove(self) -> None:
-        self._layers[self._index] = self._wrapped.layer
+        for number, layer in enumerate(self._layers):
+            if isinstance(layer, GateLayer):
+                self._layers[number] = layer.layer
 
-    def watched_by(self, on_hidden: Callable[[Tensor], Tensor | None]) -> Any:
-        return self._wrapped.watched_by(on_hidden)
+    def gives_tuples(self) -> bool:
+        """Whether this architecture's layers return tuples (falcon, bloom), found by asking them once."""
+        if self._in_tuples is None:
+            found: list[type] = []
+            ids = torch.zeros(1, 1, dtype=torch.long, device=self._model.device)
+            with torch.no_grad(), self._current.running(Call(layer_outputs=found)):
+                self._model.base_model(ids, use_cache=False)
+            self._in_tuples = issubclass(found[0], tuple)
+        return self._in_tuples
 
-    @contextmanager
-    def only_below(self) -> Iterator[list[Tensor]]:
-        """Inside the block the layers from the gate on do nothing; the list receives what enters the gate."""
-        seen: list[Tensor] = []
-        with self._skipping(range(self._index + 1, len(self._layers))), self.watched_by(seen.append):
-            inner, self._wrapped.layer = self._wrapped.layer, _Skipped(self._wrapped.layer, self._gives_tuples())
-            try:
-                yield seen
-            finally:
-                self._wrapped.layer = inner
 
-    @contextmanager
-    def only_from_here(self) -> Iterator[None]:
-        """Inside the block the layers below the gate do nothing; someone else must give what enters it."""
-        with self._skipping(range(self._index)):
-            yield
+def plain(base: PreTrainedModel) -> PreTrainedModel:
+    """The base without sites and gate layers: modules of its own around the very tensors of `base`."""
 
-    @contextmanager
-    def _skipping(self, numbers: range) -> Iterator[None]:
-        as_tuple = self._gives_tuples()
-        before = {number: self._layers[number] for number in numbers}
-        for number, layer in before.items():
-            self._layers[number] = _Skipped(layer, as_tuple)
-        try:
-            yield
-        finally:
-            for number, layer in before.items():
-                self._layers[number] = layer
+    def bare(module: nn.Module) -> nn.Module:
+        while isinstance(module, (Site, GateLayer)):
+            module = module.base if isinstance(module, Site) else module.layer
+        return module
 
-    def _gives_tuples(self) -> bool:
-        """Whether this architecture's layers return tuples (falcon, bloom), found by asking one."""
-        if self._as_tuple is None:
-            seen: list[Any] = []
-            layer = self._wrapped.layer
-            hook = layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
-            try:
-                with torch.no_grad():
-                    self._model.base_model(torch.zeros(1, 1, dtype=torch.long, device=self._model.device))
-            finally:
-                hook.remove()
-            self._as_tuple = isinstance(seen[0], tuple)
-        return self._as_tuple
+    return _shell(base, bare, lambda module: False)
+
+
+def with_modules(
+    base: PreTrainedModel, other: Mapping[nn.Module, nn.Module], attention: str | None = None
+) -> PreTrainedModel:
+    """The base with other modules in the places of some, for one call: modules of its own around the very tensors.
+
+    Args:
+        other: what stands in a module's place.
+        attention: name of the attention to use (`transformers.AttentionInterface`).
+    """
+    kept = set(other.values())
+    shell = _shell(
+        base, lambda module: other.get(module, module), lambda module: isinstance(module, Site) or module in kept
+    )
+    if attention is not None:
+        shell.config.get_text_config(decoder=True)._attn_implementation = attention
+    return shell
+
+
+def _shell(base: PreTrainedModel, swap: Callable[[nn.Module], nn.Module], as_it_is: Callable[[nn.Module], bool]) -> Any:
+    """New modules around the parameters and buffers of a model; configs are copied.
+
+    Args:
+        swap: gives what stands in a module's place, mostly itself.
+        as_it_is: whether a module is taken with all below it, and not copied.
+    """
+    memo: dict[int, Any] = {}
+
+    def own(name: str, value: Any, old: nn.Module, new: nn.Module) -> Any:
+        if isinstance(value, PreTrainedConfig):
+            return copy.deepcopy(value, memo)
+        if "_hooks" in name and isinstance(value, dict):
+            return value.copy()
+        # bound to the module, as methods are that accelerate has wrapped
+        if isinstance(value, MethodType) and value.__self__ is old:
+            return MethodType(value.__func__, new)
+        if isinstance(value, partial) and any(arg is old for arg in value.args):
+            return partial(value.func, *(new if arg is old else arg for arg in value.args), **value.keywords)
+        return value
+
+    def shell(module: nn.Module) -> nn.Module:
+        module = swap(module)
+        if as_it_is(module):
+            return module
+        if id(module) not in memo:
+            new: nn.Module = object.__new__(type(module))
+            memo[id(module)] = new
+            new.__dict__.update({name: own(name, value, module, new) for name, value in module.__dict__.items()})
+            new.__dict__["_modules"] = {name: child and shell(child) for name, child in module._modules.items()}
+        found: nn.Module = memo[id(module)]
+        return found
+
+    return shell(base)
 
 
 def takes_own_masks(base: PreTrainedModel) -> bool:
@@ -347,10 +369,6 @@ def attention_windows(base: PreTrainedModel) -> dict[str, int | None]:
     if kinds is None:
         return {"all": window}
     return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(kinds))}
-
-
-def install_gate(model: PreTrainedModel, index: int) -> Gate:
-    return Gate(model, index)
 
 
 def check(made: _Made, tokens: int = 8) -> None:

@@ -7,12 +7,14 @@ per position (keys: sums [B, 1, T, D], values: counts [B, 1, T, 1]), so cutting 
 Knows nothing of models or routers.
 """
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from xloom.config import XLoraConfig
 from xloom.errors import CacheError
@@ -141,3 +143,84 @@ def _last_state(layer: CacheLayerMixin) -> PoolState | None:
     else:
         sums, counts = layer.keys[:, :, -1:], layer.values[:, :, -1:]
     return PoolState(sums.squeeze(1), counts.squeeze(1))
+
+
+# --- batches whose rows come and go: caches of dynamic layers ---
+
+
+def joined(caches: Sequence[Cache]) -> Cache:
+    """The rows of several caches as one, those with fewer tokens padded on the left; filled by as many passes each."""
+    return Cache(layers=[_joined(layers) for layers in zip(*(cache.layers for cache in caches), strict=True)])
+
+
+def picked(cache: Cache, rows: Tensor) -> Cache:
+    """A cache of its own with these rows [R], in this order and as often as they are named."""
+    layers = []
+    for layer in cache.layers:
+        one = copy.copy(layer)
+        if layer.is_initialized:
+            one.keys, one.values = layer.keys.index_select(0, rows), layer.values.index_select(0, rows)
+        layers.append(one)
+    return Cache(layers=layers)
+
+
+def trim(cache: Cache, count: int) -> None:
+    """The first `count` tokens of all rows go, which must be padding."""
+    for layer in cache.layers:
+        if not layer.is_initialized:
+            continue
+        kept = layer.get_seq_length() - count
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.cumulative_length = kept
+            kept = min(kept, layer.keys.shape[-2])
+        start = layer.keys.shape[-2] - kept
+        layer.keys, layer.values = layer.keys[..., start:, :], layer.values[..., start:, :]
+
+
+def _joined(layers: Sequence[CacheLayerMixin]) -> CacheLayerMixin:
+    one = copy.copy(layers[0])
+    if not one.is_initialized:
+        return one
+    tokens = max(layer.get_seq_length() for layer in layers)
+    held = tokens
+    if isinstance(one, DynamicSlidingWindowLayer):
+        one.cumulative_length = tokens
+        held = min(tokens, one.sliding_window - 1)
+    one.keys = torch.cat([_padded(layer.keys, held) for layer in layers])
+    one.values = torch.cat([_padded(layer.values, held) for layer in layers])
+    return one
+
+
+def _padded(part: Tensor, tokens: int) -> Tensor:
+    return torch.nn.functional.pad(part, (0, 0, tokens - part.shape[-2], 0))
+
+
+def for_two_passes(cache: Cache, config: XLoraConfig, pool_like: Tensor | None) -> Cache:
+    """A cache that was filled by one pass, for rows among others that need two: what the head reads of them is 0.
+
+    Args:
+        pool_like: [D] of the dtype and device of pooled states, where there are any.
+    """
+    depth, layers = config.base_text_config.num_hidden_layers, list(cache.layers)
+    if config.num_stacks == 2:
+        layers[:depth], layers[depth : 2 * depth] = [_emptied(layer) for layer in layers[:depth]], layers[:depth]
+    rows, tokens = layers[0].keys.shape[0], layers[0].get_seq_length()
+    for place in range(depth * config.num_stacks, len(layers)):
+        assert pool_like is not None
+        sums = pool_like.new_zeros(rows, 1, tokens, len(pool_like))
+        layers[place] = DynamicLayer()
+        layers[place].update(sums, sums[..., :1])
+    return Cache(layers=layers)
+
+
+def for_one_pass(cache: Cache, config: XLoraConfig) -> Cache:
+    """A cache that was filled by two passes, for rows that need the mixed pass alone."""
+    depth, fresh = config.base_text_config.num_hidden_layers, new_cache(config).layers
+    fresh[:depth] = cache.layers[depth * (config.num_stacks - 1) : depth * config.num_stacks]
+    return Cache(layers=fresh)
+
+
+def _emptied(layer: CacheLayerMixin) -> CacheLayerMixin:
+    one = copy.copy(layer)
+    one.keys, one.values = torch.zeros_like(layer.keys), torch.zeros_like(layer.values)
+    return one

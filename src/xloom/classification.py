@@ -19,7 +19,7 @@ from xloom.config import XLoraConfig, check_expert_names
 from xloom.errors import ConfigError, UnsupportedLoraError, names
 from xloom.experts import Expert
 from xloom.loading import XLoraModel
-from xloom.routers import check_known
+from xloom.routers import Routed, check_known
 
 # Options of from_experts that say what the score head answers; transformers keeps them in the base's config.
 LABEL_OPTIONS = frozenset({"num_labels", "id2label", "problem_type", "pad_token_id"})
@@ -42,7 +42,7 @@ class XLoraForSequenceClassification(XLoraModel):
     Attributes:
         base: the model for classification, with a `Site` in place of every adapted module.
         head: the `ScalingHead`.
-        mixture: the sites and the router in charge.
+        mixture: the sites.
     """
 
     saved_as = checkpoints.CLASSIFICATION
@@ -111,6 +111,7 @@ class XLoraForSequenceClassification(XLoraModel):
         use_cache: bool | None = None,
         return_dict: bool | None = None,
         head_states: Tensor | None = None,
+        routing: Routed | None = None,
         **kwargs: Any,
     ) -> XLoraClassifierOutput | tuple[Tensor, ...]:
         """As the base's forward; the output has `scalings` [B, T, S, N] beside.
@@ -122,11 +123,12 @@ class XLoraForSequenceClassification(XLoraModel):
             attention_mask: [B, T], 1 for real tokens; whatever id fills the other places, it counts as padding.
             labels: [B], or [B, L] for several labels per row or several numbers to predict.
             head_states: [B, T, D] from `compute_head_states` on the same tokens, which need not be computed again.
+            routing: as in `XLoraForCausalLM.forward`.
 
         Raises:
             ConfigError: several rows, and no `pad_token_id` by which the base finds the last token.
         """
-        out, scalings = self.run_passes(
+        out, decision = self.run_passes(
             input_ids=self._padded(input_ids, inputs_embeds, attention_mask),
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -135,8 +137,10 @@ class XLoraForSequenceClassification(XLoraModel):
             use_cache=use_cache,
             head_states=head_states,
             labels=labels,
+            routing=routing,
             **kwargs,
         )
+        self.log(decision.scalings_BTSN)
         if self.config.problem_type != self.base.config.problem_type:  # found out from these labels
             self._note_labels()
         output = XLoraClassifierOutput(
@@ -145,7 +149,7 @@ class XLoraForSequenceClassification(XLoraModel):
             past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
             attentions=out.attentions,
-            scalings=scalings,
+            scalings=decision.scalings_BTSN,
         )
         return output if return_dict is not False else output.to_tuple()
 

@@ -24,7 +24,7 @@ from xloom.experts import CONFIG_FILE, WEIGHTS_FILE, Expert, LowRank
 from xloom.files import new_folder, write_json
 from xloom.merging import check_output, plain_config
 from xloom.model import XLoraForCausalLM
-from xloom.routers import BaseOnly, Single
+from xloom.routers import BaseOnly, Routed, Single
 from xloom.site import Site
 from xloom.training.data import Example, collate
 from xloom.training.objective import IGNORED, token_losses
@@ -85,13 +85,15 @@ def collapse(
     *,
     rank: int | None = None,
     batch: int = 8,
+    routing: Routed | None = None,
 ) -> Collapsed:
-    """Takes the mean of the scalings of whatever router is in charge over `rows`, and measures on `held`.
+    """Takes the mean of the scalings over `rows`, and measures on `held`.
 
     Args:
-        model: in evaluation mode; the same afterwards.
+        model: in evaluation mode.
         rank: of every site at most, by truncated SVD; the sum of the experts' ranks, if None.
         batch: rows per forward.
+        routing: who decides; None: as in the `with model.routing(...)` around, or the head.
 
     Raises:
         ConfigError: the rank is below 1, or no expert has any weight.
@@ -102,17 +104,14 @@ def collapse(
         raise ConfigError(f"rank: expected at least 1, found {rank}")
     if not rows or not held:
         raise DataError(f"expected rows to take the mean over and others to measure on, found {len(rows)}, {len(held)}")
-    scalings_SN = mean_scalings(model, rows, batch)
+    scalings_SN = mean_scalings(model, rows, batch, routing)
     expert, error = static_expert(model, scalings_SN, rank)
-    losses = {"dynamic": mean_loss(model, held, batch)}
-    with model.plain_base() as base:
-        static = XLoraForCausalLM.from_experts(base, {"collapsed": expert})
-        try:
-            for name, router in {"collapsed": Single("collapsed"), "base": BaseOnly()}.items():
-                with static.routing(router):
-                    losses[name] = mean_loss(static, held, batch)
-        finally:
-            static.unload()
+    static = XLoraForCausalLM.from_experts(model.plain_base(), {"collapsed": expert})
+    losses = {
+        "dynamic": mean_loss(model, held, batch, routing),
+        "collapsed": mean_loss(static, held, batch, Single("collapsed")),
+        "base": mean_loss(static, held, batch, BaseOnly()),
+    }
     return Collapsed(expert, scalings_SN, error, len(rows), len(held), losses, model.sites, model.experts)
 
 
@@ -138,22 +137,25 @@ def split(sources: Iterable[Sequence[Example]], limit: int) -> tuple[list[Exampl
     return [row for row in rows if row.input_ids not in known], held
 
 
-def mean_scalings(model: XLoraForCausalLM, rows: Sequence[Example], batch: int = 8) -> Tensor:
+def mean_scalings(
+    model: XLoraForCausalLM, rows: Sequence[Example], batch: int = 8, routing: Routed | None = None
+) -> Tensor:
     """The mean [S, N] of the scalings over all real tokens, in float64."""
     total, tokens = torch.zeros(len(model.sites), len(model.experts), dtype=torch.float64), 0
     for inputs, _ in _batches(model, rows, batch):
-        scalings_BTSN = model(**inputs, logits_to_keep=1, use_cache=False).scalings
+        scalings_BTSN = model(**inputs, logits_to_keep=1, use_cache=False, routing=routing).scalings
         keep_BT = inputs["attention_mask"].bool()
         total += scalings_BTSN[keep_BT].double().sum(dim=0).cpu()
         tokens += int(keep_BT.sum())
     return total / tokens
 
 
-def mean_loss(model: XLoraForCausalLM, rows: Sequence[Example], batch: int = 8) -> float:
+def mean_loss(model: XLoraForCausalLM, rows: Sequence[Example], batch: int = 8, routing: Routed | None = None) -> float:
     """Nats per completion token."""
     total, tokens = 0.0, 0
     for inputs, labels_BK in _batches(model, rows, batch):
-        logits_BKV = model(**inputs, logits_to_keep=labels_BK.shape[1], use_cache=False).logits
+        keep = labels_BK.shape[1]
+        logits_BKV = model(**inputs, logits_to_keep=keep, use_cache=False, routing=routing).logits
         total += token_losses(logits_BKV, labels_BK).double().sum().item()
         tokens += int((labels_BK[:, 1:] != IGNORED).sum())
     return total / tokens
@@ -185,8 +187,7 @@ def static_expert(model: XLoraForCausalLM, scalings_SN: Tensor, rank: int | None
         modules[site.name] = LowRank(A_RI.float(), B_OR.float(), 1.0, is_embedding=site.is_embedding)
     if not modules:
         raise ConfigError("the scalings are 0 everywhere: there is nothing to collapse")
-    with model.plain_base() as base:
-        config = plain_config(modules, base, model.config.base_model_name_or_path)
+    config = plain_config(modules, model.plain_base(), model.config.base_model_name_or_path)
     return Expert("collapsed", config, modules), math.sqrt(lost / whole) if whole else 0.0
 
 

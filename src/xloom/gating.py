@@ -111,6 +111,11 @@ class ScalingHead(nn.Module):
     def linears(self) -> list[nn.Linear]:
         return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
 
+    @property
+    def pool_like(self) -> Tensor | None:
+        """Something [D] of the dtype and device of pooled states; None without pooled inputs."""
+        return self.input_mean if self.standardises else None
+
     def zero_init_(self) -> None:
         """Starts from equal logits for every expert: the last Linear becomes 0."""
         with torch.no_grad():
@@ -162,17 +167,28 @@ class ScalingHead(nn.Module):
 
 
 def gate(
-    logits: Tensor, config: XLoraConfig, *, allowed_N: Tensor | None = None, bias_N: Tensor | None = None
+    logits: Tensor,
+    config: XLoraConfig,
+    *,
+    allowed_N: Tensor | None = None,
+    bias_N: Tensor | None = None,
+    top_k: int | None = None,
+    renormalise: bool | None = None,
+    temperature: float | None = None,
 ) -> Tensor:
     """Scalings of the experts from logits [..., C]: softmax, top-k, softmax of the kept, as the config says.
 
     Args:
         allowed_N: False for experts that must stay out; their share goes to the others.
         bias_N: added to the logits.
+        top_k, renormalise, temperature: in place of the config's `top_k_lora`, `enable_softmax_topk` and
+            `softmax_temperature`; a `top_k` beyond C keeps all.
 
     Returns:
         [..., N]: the null expert's column takes part in every step and is dropped at the end.
     """
+    top_k = config.top_k_lora if top_k is None else min(top_k, logits.shape[-1])
+    renormalise = config.enable_softmax_topk if renormalise is None else renormalise
     num_experts = logits.shape[-1] - config.null_expert
     keep = torch.ones_like(logits, dtype=torch.bool)
     if bias_N is not None:
@@ -181,10 +197,11 @@ def gate(
         keep[..., :num_experts] &= allowed_N
     weights = logits
     if config.enable_softmax:
-        weights = _softmax_of_kept(logits / config.softmax_temperature, keep)
-    if config.top_k_lora is not None:
-        keep = keep & top_k_mask(weights.masked_fill(~keep, -torch.inf), config.top_k_lora)
-    if config.enable_softmax_topk:
+        heat = config.softmax_temperature if temperature is None else temperature
+        weights = _softmax_of_kept(logits / heat, keep)
+    if top_k is not None:
+        keep = keep & top_k_mask(weights.masked_fill(~keep, -torch.inf), top_k)
+    if renormalise:
         weights = _softmax_of_kept(weights, keep)
     return weights.masked_fill(~keep, 0.0)[..., :num_experts]
 

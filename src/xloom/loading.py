@@ -159,7 +159,7 @@ class XLoraModel(TwoPassModel):
         saved = self._as_saved()
         if not include_experts:
             saved.expert_folders = self._folders_of_experts(format)
-        checkpoints.write(saved, Path(save_directory), format, base=self.plain_base if include_base else None)
+        checkpoints.write(saved, Path(save_directory), format, base=self.plain_base() if include_base else None)
         if push_to_hub:
             from huggingface_hub import HfApi
 

@@ -1,26 +1,26 @@
-"""All sites of one base model: put into it, taken out again, and the router that they ask.
+"""All sites of one base model: put into it, and taken out again.
 
 Knows nothing of what a site computes, of where scalings come from, of caches, or of files.
 Letters: M tokens, flattened  S sites  N experts
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from xloom.errors import NoMatchingSiteError, ScalingsShapeError, names
+from xloom.call import Current
+from xloom.errors import NoMatchingSiteError, names
 from xloom.experts import Expert, LowRank
 from xloom.fused import RankWeights, spread_over_ranks
 from xloom.modules import check_fit
-from xloom.site import Router, Site
+from xloom.site import Site
 
 _FEW_TOKENS = 64  # with more of them, weights of all ranks at all sites would take more memory than time is saved
 
 
 class Mixture:
-    """All sites of one base model, and the router that they ask.
+    """All sites of one base model, and which call runs through them.
 
     Args:
         base: any model; its modules are replaced in place by sites until `remove`.
@@ -43,9 +43,7 @@ class Mixture:
     ) -> None:
         self.base = base
         self.expert_names = tuple(experts)
-        self.global_weight = 1.0
-        self.router: Router | None = None
-        self._record: dict[int, Tensor] | None = None
+        self.current = Current()
         self.sites: list[Site] = []
         self.dtype = dtype or _float_dtype(base)
         self._install(experts, trainable)
@@ -63,8 +61,10 @@ class Mixture:
         made = []  # all of them before any is put in: a refusal leaves the base as it was
         for index, (name, module) in enumerate(homes):
             here = [expert.modules.get(name) for expert in experts.values()]
-            made.append(Site(module, name, index, here, self, dtype=self.dtype, trainable=trainable))
-        self.put_back(made)
+            made.append(Site(module, name, index, here, self.current, dtype=self.dtype, trainable=trainable))
+        self.sites = made
+        for site in made:
+            self._put(site.name, site)
 
     def remove(self) -> None:
         """Puts the base's own modules back, the very objects that were there."""
@@ -72,38 +72,17 @@ class Mixture:
             self._put(site.name, site.base)
         self.sites = []
 
-    def put_back(self, sites: Sequence[Site]) -> None:
-        """Puts sites in: those just made, or those that `remove` took out."""
-        self.sites = list(sites)
-        for site in self.sites:
-            self._put(site.name, site)
-
     def _put(self, name: str, module: nn.Module) -> None:
         parent, _, child = name.rpartition(".")
         setattr(self.base.get_submodule(parent), child, module)
 
-    # --- while a forward runs ---
-
-    def scalings(self, site: Site, x: Tensor) -> Tensor | None:
-        if self.router is None:
-            return None
-        scalings = self.router.scalings(site, x)
-        if scalings is None:
-            return None
-        if scalings.shape[-1] != len(self.expert_names):
-            raise ScalingsShapeError(
-                f"site {site.name}: {scalings.shape[-1]} scalings per token for {len(self.expert_names)} experts"
-            )
-        if self._record is not None:
-            self._record[site.index] = scalings.detach()
-        return scalings if self.global_weight == 1.0 else scalings * self.global_weight
-
-    def rank_weights(self) -> RankWeights | None:
-        """Of all sites, where the router can say them at once and nobody asks what it answered each."""
-        return None if self.router is None or self._record is not None else self.router.rank_weights(self)
-
     def spread_over_ranks(self, scalings_BTSN: Tensor, most: int | None) -> RankWeights | None:
-        """That of `fused` for few tokens and experts of the same ranks and scales everywhere; else nothing."""
+        """What `fused` makes of scalings of few tokens, of experts with the same ranks and scales everywhere; or None.
+
+        Args:
+            scalings_BTSN: times the global weight.
+            most: see `fused.spread_over_ranks`.
+        """
         first = self.sites[0]
         if (
             scalings_BTSN.device != first.spread_NR.device
@@ -113,29 +92,7 @@ class Mixture:
             or any(site.ranks != first.ranks or site.scales != first.scales for site in self.sites)
         ):
             return None
-        scalings_BTSN = scalings_BTSN if self.global_weight == 1.0 else scalings_BTSN * self.global_weight
         return spread_over_ranks(scalings_BTSN, first.spread_NR, first.ranks, most)
-
-    @contextmanager
-    def routed_by(self, router: Router | None) -> Iterator[None]:
-        """The sites ask `router` inside the block, and afterwards whom they asked before."""
-        before = self.router
-        self.router = router
-        try:
-            yield
-        finally:
-            self.router = before
-
-    @contextmanager
-    def recording(self) -> Iterator[dict[int, Tensor]]:
-        """Collects by site index what the router answers inside the block, detached."""
-        before = self._record
-        record: dict[int, Tensor] = {}
-        self._record = record
-        try:
-            yield record
-        finally:
-            self._record = before
 
     def experts_of_sites(self) -> list[dict[str, LowRank]]:
         """For every expert, its factors by site name."""

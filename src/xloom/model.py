@@ -4,31 +4,35 @@ What it is made of and how it runs is in `xloom.passes`; making, loading and sav
 Letters: B batch  T tokens  D hidden size  S sites  N experts
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from xloom import checkpoints
 from xloom.config import XLoraConfig
-from xloom.decoding import Decoding, Speculative, Step, steps
-from xloom.errors import ModulesToSaveError
+from xloom.decoding import Decoding, Speculative, Step, generate_drawn, steps
+from xloom.errors import ConfigError, ModulesToSaveError
 from xloom.experts import Expert
 from xloom.loading import XLoraModel
+from xloom.routers import Routed
 
 
 @dataclass
 class XLoraOutput(CausalLMOutputWithPast):
     """A causal model's output, and `scalings` [B, T, S, N]: the experts' weights at every site, after top-k.
 
-    `aux_loss` is a mixture-of-experts base's own balancing loss, where it has one.
+    `aux_loss` is a mixture-of-experts base's own balancing loss, where it has one. `head_logits` [B, T, S, C] are what
+    the head said, before the gate; only with `output_head_logits=True`, and where the head has a part in it.
     """
 
     scalings: Tensor | None = None
     aux_loss: Tensor | None = None
+    head_logits: Tensor | None = None
 
 
 class XLoraForCausalLM(XLoraModel, GenerationMixin):
@@ -40,7 +44,7 @@ class XLoraForCausalLM(XLoraModel, GenerationMixin):
     Attributes:
         base: the causal model, with a `Site` in place of every adapted module.
         head: the `ScalingHead`.
-        mixture: the sites and the router in charge.
+        mixture: the sites.
     """
 
     saved_as = checkpoints.CAUSAL
@@ -71,6 +75,8 @@ class XLoraForCausalLM(XLoraModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         head_states: Tensor | None = None,
+        routing: Routed | None = None,
+        output_head_logits: bool = False,
         **kwargs: Any,
     ) -> XLoraOutput | tuple[Tensor, ...]:
         """As the base's forward; the output has `scalings` [B, T, S, N] beside.
@@ -80,10 +86,13 @@ class XLoraForCausalLM(XLoraModel, GenerationMixin):
             labels: [B, T] as for any causal model; the loss is the base's own.
             head_states: [B, T, D] from `compute_head_states` on the same tokens, which need not be computed again;
                 without a cache only.
+            routing: who decides on the scalings: a router for all rows (`xloom.routers`), a list with one for each, or
+                a `Routing`. None: as in the `with model.routing(...)` around, or the head.
+            output_head_logits: whether the output has the head's logits.
         """
         # Experts on the language-model head need all tokens there: scalings belong to tokens, not to what is kept.
         cut_after = self.adapts_lm_head and not (isinstance(logits_to_keep, int) and logits_to_keep == 0)
-        out, scalings = self.run_passes(
+        out, decision = self.run_passes(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -93,8 +102,10 @@ class XLoraForCausalLM(XLoraModel, GenerationMixin):
             head_states=head_states,
             labels=labels,
             logits_to_keep=0 if cut_after else logits_to_keep,
+            routing=routing,
             **kwargs,
         )
+        self.log(decision.scalings_BTSN)
         if cut_after:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             out.logits = out.logits[:, kept]
@@ -104,33 +115,73 @@ class XLoraForCausalLM(XLoraModel, GenerationMixin):
             past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
             attentions=out.attentions,
-            scalings=scalings,
+            scalings=decision.scalings_BTSN,
             aux_loss=getattr(out, "aux_loss", None),
+            head_logits=decision.logits_BTSC if output_head_logits else None,
         )
         return output if return_dict is not False else output.to_tuple()
+
+    def generate(
+        self,
+        *args: Any,
+        routing: Routed | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        **options: Any,
+    ) -> Any:
+        """As transformers' `generate`, which see for arguments and output.
+
+        Args:
+            routing: as in `forward`; a list has a router for each row of `inputs`, whatever number of beams or answers.
+            generator: draws the tokens, where `do_sample` is on; a list has one for each row that is written. By
+                default the global one, which all threads share.
+
+        Raises:
+            ConfigError: a generator, and nothing that it could draw.
+        """
+        bound = self.routing_of(routing)
+        if self.current_log is not None:
+            options["disable_compile"] = True  # a compiled forward sees no log
+        if options.get("assistant_model") is not None:  # it would be handed the routing too
+            with self.routing(bound):
+                return super().generate(*args, **options)
+        if generator is None:
+            return super().generate(*args, routing=bound, **options)
+        if options.get("custom_generate") is not None:
+            raise ConfigError("generator: this custom_generate draws by itself; give the generator to it")
+        drawn = generate_drawn(generator, options.get("streamer"))
+        return super().generate(*args, routing=bound, custom_generate=drawn, **options)
 
     def stream(
         self,
         input_ids: Tensor,
         tokenizer: Any = None,
         *,
+        routing: Routed | None = None,
+        generator: torch.Generator | None = None,
         speculative: Speculative | bool = False,
         custom_generate: Decoding | None = None,
         **options: Any,
     ) -> Iterator[Step]:
         """Token by token, each with its text, log-probability and the scalings that wrote it.
 
+        The text is written with what holds when the stream is made, wherever and between whatever else it is read.
+
         Args:
             input_ids: [1, T].
             tokenizer: gives each step its text; without one it is empty.
+            routing: as in `forward`, for the one row.
+            generator: draws the tokens, where `do_sample` is on; by default the global one.
             speculative: True, or `xloom.speculative(...)`, writes the same text in fewer forwards.
             custom_generate: another way to write, as `xloom.refreshing(...)`.
             options: as `generate` takes them (`max_new_tokens`, `do_sample`, `attention_mask`, ...).
 
         Raises:
-            ConfigError: more than one sequence, beams, two ways to write.
+            ConfigError: more than one sequence, beams, two ways to write, a generator beside a way that has its own.
         """
-        return steps(self, input_ids, tokenizer, speculative=speculative, custom_generate=custom_generate, **options)
+        return steps(
+            self, input_ids, tokenizer, routing=routing, generator=generator, speculative=speculative,
+            custom_generate=custom_generate, **options,
+        )  # fmt: skip
 
     def prepare_inputs_for_generation(
         self,

@@ -1,17 +1,19 @@
 """`TwoPassModel`: a frozen base and its experts, run as two passes over one cache.
 
     scaling pass   decoder alone, experts off (or at `scaling_pass_value`)  -> hidden state -> head -> scalings
-    mixed pass     the whole base, every site asking the router             -> the base's own output
+    mixed pass     the whole base, every site with these scalings           -> the base's own output
 
-With `gate_at_layer` both happen in a single pass. Knows nothing of what the base puts on top of its decoder, nor of
+With `gate_at_layer` both happen in a single pass. Who decides, for each row, is a `Routing` that travels with the call;
+what a pass needs is a `Call`. Nothing of the model changes meanwhile, and calls of several threads run at once.
+Knows nothing of what the base puts on top of its decoder, nor of
 loading and saving.
 Letters: B batch  T tokens  D hidden size  S sites  N experts  C columns of the head
 """
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, ClassVar
+from contextlib import contextmanager, nullcontext
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +22,21 @@ from transformers import Cache, PreTrainedModel
 
 from xloom import architecture
 from xloom.cache import CacheViews, new_cache, views
+from xloom.call import Ambient, Call, Observer, times
 from xloom.config import XLoraConfig
 from xloom.errors import ConfigError
 from xloom.experts import Expert
 from xloom.gating import PoolState, ScalingHead, scaling_pass_scalings
 from xloom.mixture import Mixture
-from xloom.routers import Fixed, HiddenStateRouter, Precomputed, XLora
-from xloom.site import Router
+from xloom.routers import Routed, Routing, XLora, as_routing
 from xloom.trace import ScalingsLog
+
+
+class Decision(NamedTuple):
+    """Of tokens: the head's logits [B, T, S, C], where it was asked, and the scalings [B, T, S, N] decided on."""
+
+    logits_BTSC: Tensor | None
+    scalings_BTSN: Tensor
 
 
 class TwoPassModel(PreTrainedModel):
@@ -36,7 +45,7 @@ class TwoPassModel(PreTrainedModel):
     Attributes:
         base: a model of transformers, with a `Site` in place of every adapted module.
         head: the `ScalingHead`.
-        mixture: the sites and the router in charge.
+        mixture: the sites.
         takes_positions: whether the base's decoder takes `position_ids`.
     """
 
@@ -69,7 +78,6 @@ class TwoPassModel(PreTrainedModel):
         self._expert_sources: dict[str, str] = {name: e.source for name, e in experts.items()}
         self._expert_scores: dict[str, Mapping[str, Tensor]] = {name: e.score for name, e in experts.items()}
         self.mixture = Mixture(base, experts, trainable=config.use_trainable_adapters)
-        self.mixture.global_weight = config.global_scaling_weight
         # An expert that the base's dtype rounds is kept as it was read, to be saved as it was read.
         self._rounded: dict[str, Expert] = {}
         if not config.use_trainable_adapters:
@@ -80,40 +88,32 @@ class TwoPassModel(PreTrainedModel):
             for site in self.mixture.sites:
                 for parameter in site.parameters(recurse=False):
                     parameter.requires_grad_(True)
-        self._gate_layer = (
-            architecture.install_gate(base, config.gate_at_layer) if config.gate_at_layer is not None else None
-        )
+        gate = config.gate_at_layer
+        self._gate = None if gate is None else architecture.Gate(base, gate, self.mixture.current)
         # Small and decisive: the head stays in full precision whatever the base is stored in.
         dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
         size = architecture.hidden_size(base, gated=config.gate_at_layer is not None)
         self.head = ScalingHead(config, size, dtype).to(base.device)
         self.takes_positions = "position_ids" in inspect.signature(base.base_model.forward).parameters
         self.adapts_lm_head = any(site is base.get_output_embeddings() for site in self.mixture.sites)
-        self._router: Router = XLora()
-        self._log: ScalingsLog | None = None
+        self._head_router = XLora()
+        self._by_head = as_routing(self._head_router, self.experts, self.sites)
+        self._routed: Ambient[Routed] = Ambient()
+        self._logged: Ambient[ScalingsLog] = Ambient()
+        self._observed: Ambient[Observer] = Ambient()
         self.post_init()
         self.eval()
 
     def unload(self) -> PreTrainedModel:
         """Takes the experts out for good and gives the base back: its own modules and weights, still frozen."""
-        if self._gate_layer is not None:
-            self._gate_layer.remove()
+        if self._gate is not None:
+            self._gate.remove()
         self.mixture.remove()
         return self.base
 
-    @contextmanager
-    def plain_base(self) -> Iterator[PreTrainedModel]:
-        """The base without sites or gate, for as long as the block runs."""
-        sites = self.mixture.sites
-        if self._gate_layer is not None:
-            self._gate_layer.remove()
-        self.mixture.remove()
-        try:
-            yield self.base
-        finally:
-            self.mixture.put_back(sites)
-            if self._gate_layer is not None:
-                self._gate_layer.put_back()
+    def plain_base(self) -> PreTrainedModel:
+        """The base without sites and gate, beside the model: modules of its own that hold the very tensors."""
+        return architecture.plain(self.base)
 
     # --- what it is made of ---
 
@@ -151,50 +151,68 @@ class TwoPassModel(PreTrainedModel):
     # --- routing and logging ---
 
     @property
-    def router(self) -> Router:
-        return self._router
-
-    @property
-    def runs_two_passes(self) -> bool:
-        """Whether the router in charge reads hidden states that a pass of their own gives."""
-        return isinstance(self._router, HiddenStateRouter) and self._gate_layer is None
+    def router(self) -> Routed:
+        """Who decides in calls that do not say: that of the innermost `routing` block, or the head."""
+        found = self._routed.get()
+        return self._head_router if found is None else found
 
     @contextmanager
-    def routing(self, router: Router) -> Iterator[None]:
-        """Scalings come from `router` inside the block: `with model.routing(routers.Uniform()): ...`."""
-        before = self._router
-        self._router = router
-        try:
+    def routing(self, router: Routed) -> Iterator[None]:
+        """For calls made inside the block, in this thread and task: `with model.routing(routers.Uniform()): ...`.
+
+        A call's own `routing=` comes first; a stream keeps what held when it was made.
+        """
+        with self._routed.holding(router):
             yield
-        finally:
-            self._router = before
+
+    def routing_of(self, router: Routed | None) -> Routing:
+        """A router, or a list with one for each row, as a value for this model; None: as in the block around.
+
+        Raises:
+            UnknownExpertError, ConfigError, ScalingsShapeError: as the router says of itself.
+        """
+        if router is None:
+            router = self._routed.get()
+            if router is None:
+                return self._by_head
+        return as_routing(router, self.experts, self.sites)
+
+    def in_two_passes(self, routing: Routing) -> bool:
+        """Whether it takes a pass of its own to get the hidden states that decide."""
+        return routing.reads_head and self._gate is None
 
     @contextmanager
     def logging_scalings(self, max_tokens: int = 65_536) -> Iterator[ScalingsLog]:
-        """Collects the scalings of every forward in the block, detached and bounded.
+        """Collects the scalings of every call made in the block, in this thread and task, detached and bounded.
 
         `with model.logging_scalings() as log: model.generate(...)`, then `log[site, expert]`, `log.shares()`.
         """
-        before = self._log
-        self._log = log = ScalingsLog(self.sites, self.experts, max_tokens)
-        try:
+        log = ScalingsLog(self.sites, self.experts, max_tokens)
+        with self._logged.holding(log):
             yield log
-        finally:
-            self._log = before
+
+    @property
+    def current_log(self) -> ScalingsLog | None:
+        """Where calls made here are logged, if anywhere."""
+        return self._logged.get()
 
     @contextmanager
     def unlogged(self) -> Iterator[None]:
-        """Forwards in the block are not logged: drafts that may be thrown away."""
-        before, self._log = self._log, None
-        try:
+        """Calls made in the block are not logged: drafts that may be thrown away."""
+        with self._logged.holding(None):
             yield
-        finally:
-            self._log = before
 
     def log(self, scalings_BTSN: Tensor) -> None:
-        """For those who ran a forward unlogged and keep it."""
-        if self._log is not None:
-            self._log.append(scalings_BTSN)
+        """Of a forward that has ended."""
+        log = self._logged.get()
+        if log is not None:
+            log.append(scalings_BTSN)
+
+    @contextmanager
+    def observing_sites(self, observer: Observer) -> Iterator[None]:
+        """Of calls made in the block, in this thread and task, every site of a mixed pass is shown to the observer."""
+        with self._observed.holding(observer):
+            yield
 
     # --- the two passes ---
 
@@ -209,11 +227,13 @@ class TwoPassModel(PreTrainedModel):
         use_cache: bool | None,
         head_states: Tensor | None,
         token_type_ids: Tensor | None = None,
+        routing: Routed | None = None,
         **for_base: Any,
-    ) -> tuple[Any, Tensor]:
-        """What the base answers in the mixed pass, and the scalings [B, T, S, N] in use.
+    ) -> tuple[Any, Decision]:
+        """What the base answers in the mixed pass, the head's logits, and the scalings [B, T, S, N] in use.
 
         Args:
+            routing: who decides; None: as in the block around.
             for_base: what the base's forward takes beside (`labels`, `logits_to_keep`, ...).
             Others: see `XLoraForCausalLM.forward`.
         """
@@ -235,32 +255,56 @@ class TwoPassModel(PreTrainedModel):
             "token_type_ids": token_type_ids,
         }
         inputs = {key: value for key, value in inputs.items() if value is not None} | {"use_cache": bool(use_cache)}
-        gating = isinstance(self._router, HiddenStateRouter)
-        split = views(past_key_values, self.config, two_passes=gating) if past_key_values is not None else None
         first = input_ids if input_ids is not None else inputs_embeds
         assert first is not None
         tokens = (first.shape[0], first.shape[1])
-        self.mixture.global_weight = self.config.global_scaling_weight
-        decided: list[Precomputed] = []
+        lines = self.routing_of(routing).for_rows(tokens[0])
+        split = (
+            views(past_key_values, self.config, two_passes=lines.reads_head) if past_key_values is not None else None
+        )
+        decided: list[Decision] = []
 
-        def decide(hidden_BTD: Tensor) -> Precomputed:
-            decided.append(self._decide(hidden_BTD, self._real_tokens(attention_mask, tokens), split))
-            return decided[-1]
+        def decide(hidden_BTD: Tensor) -> None:
+            logits_BTSC = self._read(hidden_BTD, self._real_tokens(attention_mask, tokens), split)
+            decided.append(self._decided(call, lines, tokens, logits_BTSC))
 
-        router: Router | None = self._router
-        if self.runs_two_passes:
-            router = decide(self.scaling_pass(inputs, split) if head_states is None else head_states)
-        elif gating:
-            router = None  # until the gate layer is reached
-        asked: dict[int, Tensor] = {}
-        with self.mixture.routed_by(router), self._gated(decide if gating else None, head_states), ExitStack() as stack:
-            if not gating:
-                asked = stack.enter_context(self.mixture.recording())
+        def at_gate(hidden_BTD: Tensor) -> Tensor | None:
+            given = None if head_states is None else head_states.to(hidden_BTD)
+            if lines.reads_head:
+                decide(hidden_BTD if given is None else given)
+            return given
+
+        call = Call(observer=self._observed.get())
+        if self._gate is not None:
+            call.at_gate = at_gate
+            if head_states is not None:
+                call.first, call.in_tuples = self._gate.index, self._gate.gives_tuples()
+        elif lines.reads_head:
+            decide(self.scaling_pass(inputs, split) if head_states is None else head_states)
+        if not lines.reads_head:
+            decided.append(self._decided(call, lines, tokens, None))
+        # a pass that adds nothing is the base's own
+        alone = lines.adds_nothing and call.observer is None and head_states is None
+        with self.mixture.current.running(None if alone else call):
             out = self.base(**inputs, past_key_values=split.mixed if split else None, return_dict=True, **for_base)
         out.past_key_values = past_key_values if use_cache else None
-        scalings = decided[0].scalings_BTSN if decided else self._answered(asked, tokens)
-        self.log(scalings)
-        return out, scalings
+        if lines.asked:
+            decided[0] = decided[0]._replace(scalings_BTSN=self._answered(call, decided[0].scalings_BTSN))
+        return out, decided[0]
+
+    def _decided(self, call: Call, lines: Routing, tokens: tuple[int, int], logits_BTSC: Tensor | None) -> Decision:
+        """The scalings of the call's tokens, from here on those of its sites."""
+        scalings_BTSN = lines.decide(logits_BTSC, tokens, self.config, self.head.linears[0].weight)
+        if not lines.adds_nothing:
+            self.mix(call, lines, scalings_BTSN)
+        return Decision(logits_BTSC, scalings_BTSN)
+
+    def mix(self, call: Call, lines: Routing, scalings_BTSN: Tensor) -> Call:
+        """The call with scalings [B, T, S, N] that a routing has decided on, before its global weight."""
+        global_B, weights = lines.global_B(self.config), None
+        if not lines.asked and not torch.is_grad_enabled():
+            weights = self.mixture.spread_over_ranks(times(scalings_BTSN, global_B), lines.most(self.config))
+        return call.decided(scalings_BTSN, global_B=global_B, weights=weights, asked=lines.asked)
 
     def scaling_pass(self, inputs: dict[str, Any], split: CacheViews | None) -> Tensor:
         """Hidden state [B, T, D] after the final norm, from the decoder alone: no logits, no gradients, no dropout.
@@ -269,46 +313,25 @@ class TwoPassModel(PreTrainedModel):
             inputs: as the base's decoder takes them.
             split: views of a cache, whose first stack goes on.
         """
-        weights = scaling_pass_scalings(self.config, self.head.linears[0].weight)
-        router = None if weights is None else Fixed(dict(zip(self.experts, weights.tolist(), strict=True)))
+        call, weights_N = None, scaling_pass_scalings(self.config, self.head.linears[0].weight)
+        if weights_N is not None:
+            first = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
+            scalings_BTSN = weights_N.expand(*first.shape[:2], len(self.sites), -1)
+            call = Call().decided(scalings_BTSN, global_B=(self.config.global_scaling_weight,))
         past = split.scaling if split else None
-        with torch.no_grad(), _evaluating(self.base), self.mixture.routed_by(router):
+        with torch.no_grad(), _evaluating(self.base), self.mixture.current.running(call):
             hidden: Tensor = self.base.base_model(**inputs, past_key_values=past, return_dict=True).last_hidden_state
         return hidden
 
-    def _decide(self, hidden_BTD: Tensor, keep_BT: Tensor, split: CacheViews | None) -> Precomputed:
-        assert isinstance(self._router, HiddenStateRouter)
+    def _read(self, hidden_BTD: Tensor, keep_BT: Tensor, split: CacheViews | None) -> Tensor:
+        """The head's logits [B, T, S, C]; pools go on."""
         past: list[PoolState | None] = split.past_pools() if split else [None] * len(self.config.pools)
         hidden_BTD = hidden_BTD.detach().to(keep_BT.device)
         features_BTF, states = self.head.features(hidden_BTD, keep_BT, past)
         if split:
             split.append_pools(states)
-        scalings_BTSN = self._router.decide(self.head(features_BTF), self.config, self.experts)
-        return Precomputed(scalings_BTSN, once=True, most=self._router.most(self.config))
-
-    @contextmanager
-    def _gated(
-        self, decide: Callable[[Tensor], Precomputed] | None, states_BTD: Tensor | None = None
-    ) -> Iterator[None]:
-        """With an early gate, the hidden state that enters layer m decides for all that follow it.
-
-        Given that state beforehand, the pass starts at layer m.
-        """
-        if self._gate_layer is None or (decide is None and states_BTD is None):
-            yield
-            return
-
-        def on_hidden(hidden_BTD: Tensor) -> Tensor | None:
-            given = None if states_BTD is None else states_BTD.to(hidden_BTD)
-            if decide is not None:
-                self.mixture.router = decide(hidden_BTD if given is None else given)
-            return given
-
-        with ExitStack() as stack:
-            if states_BTD is not None:
-                stack.enter_context(self._gate_layer.only_from_here())
-            stack.enter_context(self._gate_layer.watched_by(on_hidden))
-            yield
+        logits: Tensor = self.head(features_BTF)
+        return logits
 
     def compute_head_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """What the head reads: hidden states [B, T, D] after the scaling pass, or entering layer `gate_at_layer`.
@@ -318,21 +341,32 @@ class TwoPassModel(PreTrainedModel):
         inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
         if attention_mask is not None:
             inputs |= {"attention_mask": attention_mask, **self.positions(attention_mask)}
-        if self._gate_layer is None:
+        if self._gate is None:
             return self.scaling_pass(inputs, None)
-        with torch.no_grad(), _evaluating(self.base), self._gate_layer.only_below() as seen:
+        seen: list[Tensor] = []
+        call = Call(at_gate=seen.append, stop=self._gate.index, in_tuples=self._gate.gives_tuples())
+        with torch.no_grad(), _evaluating(self.base), self.mixture.current.running(call):
             self.base.base_model(**inputs)
         return seen[0]
 
-    def decide(self, head_states: Tensor, attention_mask: Tensor, split: CacheViews | None = None) -> Tensor:
-        """Scalings [B, T, S, N] of tokens from what the head reads, by the head and the router in charge.
+    def decide(
+        self,
+        head_states: Tensor,
+        attention_mask: Tensor,
+        split: CacheViews | None = None,
+        routing: Routed | None = None,
+    ) -> Decision:
+        """Logits [B, T, S, C] and scalings [B, T, S, N] of tokens from what the head reads.
 
         Args:
             head_states: as `compute_head_states` gives them: whole rows, unless `split` holds what came before.
             split: views of a cache, whose pools go on.
+            routing: as in a forward; all of its rows read the head.
         """
         tokens = (head_states.shape[0], head_states.shape[1])
-        return self._decide(head_states, self._real_tokens(attention_mask, tokens), split).scalings_BTSN
+        lines = self.routing_of(routing).for_rows(tokens[0])
+        logits_BTSC = self._read(head_states, self._real_tokens(attention_mask, tokens), split)
+        return Decision(logits_BTSC, lines.decide(logits_BTSC, tokens, self.config, self.head.linears[0].weight))
 
     def positions(self, attention_mask: Tensor) -> dict[str, Tensor]:
         """`position_ids` [B, T] of left-padded rows as a keyword, or nothing where the base takes none."""
@@ -348,13 +382,12 @@ class TwoPassModel(PreTrainedModel):
             raise ConfigError("a pooled head input needs attention_mask as [B, T], to leave padding out")
         return torch.ones(tokens, dtype=torch.bool, device=device)
 
-    def _answered(self, record: dict[int, Tensor], tokens: tuple[int, int]) -> Tensor:
-        """The recorded answers as [B, T, S, N]; sites that were not asked, or got None, count as 0."""
-        zeros = self.head.linears[0].weight.new_zeros(()).expand(*tokens, len(self.experts))
-        if not record:
-            return zeros.unsqueeze(2).expand(-1, -1, len(self.sites), -1)
-        rows = [record.get(index, zeros) for index in range(len(self.sites))]
-        return torch.stack([row.reshape(*tokens, -1).to(zeros) for row in rows], dim=2)
+    def _answered(self, call: Call, decided_BTSN: Tensor) -> Tensor:
+        """What the sites were answered [B, T, S, N]; those that did not ask, or got None, have what was decided."""
+        by_site = list(decided_BTSN.unbind(2))
+        for index, answer in call.answers.items():
+            by_site[index] = answer.reshape(by_site[index].shape).to(decided_BTSN)
+        return torch.stack(by_site, dim=2)
 
     # --- what transformers asks ---
 
@@ -362,9 +395,10 @@ class TwoPassModel(PreTrainedModel):
         self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any
     ) -> None:
         def run(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-            # The backward pass runs layers again after the forward has ended: the router must come back with them.
-            router = self.mixture.router
-            contexts = lambda: (nullcontext(), self.mixture.routed_by(router))  # noqa: E731
+            # The backward pass runs layers again after the forward has ended: its call must come back with them.
+            current = self.mixture.current
+            call = current.call
+            contexts = lambda: (nullcontext(), current.running(call))  # noqa: E731
             return checkpoint(function, *args, use_reentrant=False, context_fn=contexts, **options)
 
         super()._set_gradient_checkpointing(enable, run, **kwargs)

@@ -4,43 +4,23 @@
     y = W x + sum_n s_n * ((m_n/c_n - 1) * W x + m_n/c_n * scale_n * B_n A_n x)      DoRA, c_n = |W + scale_n B_n A_n|
 
 Two matmuls per site, whatever the number of experts, with the scalings between them where the tensor is narrowest.
-The scalings s come from the `Router` in charge; with none, a site is its base module and nothing else.
+The scalings s come from the `Call` that runs; without one, a site is its base module and nothing else.
 Knows nothing of where scalings come from, of other sites, of caches, or of files.
 Letters: B batch  T tokens  I in-features  O out-features  N experts  R sum of the experts' ranks
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from xloom.call import Current
 from xloom.errors import ConfigError, ScalingsShapeError
 from xloom.experts import LowRank
-from xloom.fused import RankWeights, frozen_mix, narrow_mix
+from xloom.fused import frozen_mix, narrow_mix
 from xloom.modules import dense_weight
-
-if TYPE_CHECKING:
-    from xloom.mixture import Mixture
-
-
-class Router(ABC):
-    """Who gives the scalings. Every site asks at every forward."""
-
-    @abstractmethod
-    def scalings(self, site: "Site", x: Tensor) -> Tensor | None:
-        """Weights of the experts at one site: [*leading, N], or None for "add nothing".
-
-        Args:
-            x: what enters the site: [*leading, I], with leading = B, T (or B*T where the base flattens its tokens);
-                token ids [B, T] at an embedding.
-        """
-
-    def rank_weights(self, mixture: "Mixture") -> RankWeights | None:
-        """The same for all sites, spread over their ranks, where it can be done at once; a site does it otherwise."""
-        return None
 
 
 class _Frozen(NamedTuple):
@@ -58,6 +38,7 @@ class Site(nn.Module):
         name: module path in the base.
         index: position on the scalings' S axis.
         experts: one entry per expert; None where it lacks this site.
+        current: which call runs.
         trainable: factors become parameters, not buffers.
     """
 
@@ -73,7 +54,7 @@ class Site(nn.Module):
         name: str,
         index: int,
         experts: Sequence[LowRank | None],
-        mixture: "Mixture",
+        current: Current,
         *,
         dtype: torch.dtype,
         trainable: bool,
@@ -82,7 +63,7 @@ class Site(nn.Module):
         self.base = base
         self.name = name
         self.index = index
-        self.mixture = mixture
+        self.current = current
         self.is_embedding = isinstance(base, nn.Embedding)
         self.ranks = [e.rank if e else 0 for e in experts]
         self.scales = [e.scale if e else 0.0 for e in experts]
@@ -143,16 +124,21 @@ class Site(nn.Module):
     # --- forward ---
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not args and not kwargs and not torch.is_grad_enabled():
-            known = self.mixture.rank_weights()
-            if known is not None:
-                weights_MR, rows_SR = known.weights_SMR[self.index], known.rows_SR
-                frozen = self._frozen_parts(x, weights_MR)
-                as_given = x.shape[:-1] == known.leading or (x.ndim == 2 and len(x) == len(weights_MR))
-                if frozen is not None and as_given:
-                    rows_R = None if rows_SR is None else rows_SR[self.index]
-                    return narrow_mix(x, weights_MR, rows_R, frozen.W, frozen.b, frozen.A, frozen.B.t())
-        scalings = self.mixture.scalings(self, x)
+        call = self.current.call
+        if call is None:
+            plain: Tensor = self.base(x, *args, **kwargs)
+            return plain
+        if call.observer is not None:
+            call.observer(self, x, args, kwargs)
+        known = call.weights
+        if known is not None and not args and not kwargs and not torch.is_grad_enabled():
+            weights_MR, rows_SR = known.weights_SMR[self.index], known.rows_SR
+            frozen = self._frozen_parts(x, weights_MR)
+            as_given = x.shape[:-1] == known.leading or (x.ndim == 2 and len(x) == len(weights_MR))
+            if frozen is not None and as_given:
+                rows_R = None if rows_SR is None else rows_SR[self.index]
+                return narrow_mix(x, weights_MR, rows_R, frozen.W, frozen.b, frozen.A, frozen.B.t())
+        scalings = call.scalings(self, x)
         if scalings is not None and not args and not kwargs and scalings.shape[:-1] == x.shape[:-1]:
             frozen = self._frozen_parts(x, scalings)
             if frozen is not None and not torch.is_autocast_enabled(x.device.type):

@@ -14,8 +14,8 @@ from xloom import XLoraForCausalLM
 from xloom.collapse import static_expert
 from xloom.errors import ConfigError, DataError, UnknownExpertError
 from xloom.evaluation import evaluate, find_systems, load_tasks
+from xloom.evaluation.answers import Prompt, answers
 from xloom.evaluation.bench import Bench, right_experts
-from xloom.evaluation.decoding import Prompt, decode
 from xloom.evaluation.registry import all_names, check_words
 from xloom.evaluation.shots import Constants, best_constant, solved
 from xloom.evaluation.store import question_key
@@ -48,7 +48,7 @@ def by_hand(model, tasks, router=None):
         for question in task.questions:
             ids = encode(question.row.prompt[0]["content"])
             with model.routing(router(ids) if callable(router) else router or model.router):
-                (batch,) = decode(model, tokenizer, [Prompt(ids, bench.budget(question))], share_prefix=False)
+                (batch,) = answers(model, tokenizer, [Prompt(ids, bench.budget(question))])
             out[task.name].append(batch[0].text)
     return out
 
@@ -168,10 +168,8 @@ def test_without_a_folder_collapse_takes_the_mean_over_training_prompts(world):
             scalings = model(torch.tensor([ids])).scalings[0].double()
         total, tokens = total + scalings.sum(dim=0), tokens + len(scalings)
     adapter, _ = static_expert(model, total / tokens)
-    with model.plain_base() as base:
-        static = XLoraForCausalLM.from_experts(base, {"adapter": adapter})
-        expected = by_hand(static, tasks, Single("adapter"))
-        static.unload()
+    static = XLoraForCausalLM.from_experts(model.plain_base(), {"adapter": adapter})
+    expected = by_hand(static, tasks, Single("adapter"))
     assert answers_of(world, "collapse") == expected
 
 
@@ -179,8 +177,8 @@ def test_an_adapter_leaves_nothing_behind(world, tmp_path):
     """Not even at a module that no expert of the model adapts."""
     model, _, _ = world
     before, embedding = answers_of(world, "base"), model.get_input_embeddings()
-    with model.plain_base() as base:
-        folder = make_expert(base, tmp_path / "odd", 3, scale=2.0, r=2, target_modules=["embed_tokens"])
+    base = model.plain_base()
+    folder = make_expert(base, tmp_path / "odd", 3, scale=2.0, r=2, target_modules=["embed_tokens"])
     assert answers_of(world, "collapse", collapse=Path(folder)) != before
     assert answers_of(world, "base") == before
     assert model.get_input_embeddings() is embedding

@@ -9,7 +9,7 @@ import torch
 from tiny import make_experts, tiny_base
 from toy import chat, tiny_tokenizer, write_rows
 from xloom import XLoraForCausalLM
-from xloom.evaluation.decoding import Prompt, decode
+from xloom.evaluation.answers import Prompt, answers
 from xloom.routers import Single
 
 DOMAINS = ("chem", "mech", "prot")
@@ -46,9 +46,8 @@ def write_domains(folder: Path, model: XLoraForCausalLM, count: int = 4) -> dict
             ids = [encode(word) for word in asked]
             said: dict[int, str] = {}
             expert = Single(domain)
-            for batch in decode(
-                model, tiny_tokenizer(), [Prompt(i, 4) for i in ids], router_of=lambda places, router=expert: router
-            ):
+            routings = [model.routing_of(expert)] * len(ids)
+            for batch in answers(model, tiny_tokenizer(), [Prompt(i, 4) for i in ids], routings):
                 said |= {place: answer.text for place, answer in batch.items()}
             rows = [
                 {

@@ -37,13 +37,11 @@ def test_the_formula(model, llama, layer, top_k):
     found = routers.Centroid.fit(model, PROMPTS, layer=layer, temperature=0.3, top_k=top_k)
 
     def states(ids):
-        with model.plain_base() as base:
-            out = base(ids[None], output_hidden_states=True)
+        out = llama(ids[None], output_hidden_states=True)
         return out.hidden_states[layer][0].double()
 
     if layer == -1:
-        with model.plain_base() as base:
-            last = base.model(PROMPTS["chem"][0][None]).last_hidden_state[0]
+        last = llama.model(PROMPTS["chem"][0][None]).last_hidden_state[0]
         torch.testing.assert_close(states(PROMPTS["chem"][0]), last.double())
     tokens = {name: torch.cat([states(ids) for ids in PROMPTS[name]]) for name in NAMES}
     mean = sum(t.mean(0) for t in tokens.values()) / 3

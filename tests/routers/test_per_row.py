@@ -65,10 +65,6 @@ def test_a_base_that_flattens_its_tokens(tmp_path):
     paths = {n: make_expert(base, tmp_path / n, i, target_modules=["q_proj", "fc1"]) for i, n in enumerate("ab")}
     model = XLoraForCausalLM.from_experts(base, paths)
     weights = torch.tensor([[1.0, 0.0], [0.3, 0.6]])
-    site = model.mixture.sites[0]
-    flat = torch.randn(2 * 3 * 4, site.A_RI.shape[1])  # 2 rows, 3 beams each, 4 tokens
-    found = routers.PerRow(weights).scalings(site, flat)
-    assert torch.equal(found, weights.repeat_interleave(12, dim=0))
     ids = prompt(2, 5)
     with model.routing(routers.PerRow(weights)):
         together = model(ids).logits

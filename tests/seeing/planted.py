@@ -7,8 +7,9 @@ from transformers import PreTrainedTokenizerBase
 from tiny import make_experts, tiny_base
 from toy import tiny_tokenizer
 from xloom import XLoraForCausalLM
+from xloom.routers import SiteRouter
 from xloom.seeing.sites import places
-from xloom.site import Router, Site
+from xloom.site import Site
 
 
 def tiny_model(folder, **fields) -> XLoraForCausalLM:
@@ -29,7 +30,7 @@ def letters() -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-class Planted(Router):
+class Planted(SiteRouter):
     """Known weights by place and layer, kept from forward to forward; `plan` gives [N] for a place and a layer."""
 
     def __init__(self, plan) -> None:

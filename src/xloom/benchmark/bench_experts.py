@@ -182,11 +182,11 @@ def _kept(system: "System", top: int, call: Callable[[], "Decoded"]) -> "Decoded
     """A call while every token keeps the `top` experts alone."""
     if top == DENSE:
         return call()
-    from xloom.evaluation.bench import changed
     from xloom.model import XLoraForCausalLM
+    from xloom.routers import XLora
 
     assert isinstance(system.model, XLoraForCausalLM)
-    with changed(system.model.config, {"top_k_lora": top}):
+    with system.model.routing(XLora(top_k=top)):
         return call()
 
 

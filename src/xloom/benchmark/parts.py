@@ -83,8 +83,7 @@ def parts_of(model: XLoraForCausalLM, folder: Path) -> Parts:
     model.save_pretrained(folder / "model")
     folders = {name: str(folder / "model" / "experts" / name) for name in model.experts}
     generator = torch.Generator().manual_seed(SEED)
-    with model.plain_base() as plain:
-        base = sharing(plain)
+    base = sharing(model.plain_base())
     outputs = len(model.sites) * len(model.experts)
     return Parts(base, folders, *_random_head(base, outputs, generator))
 

@@ -172,8 +172,7 @@ def check_names(wanted: Sequence[str], known: Sequence[str] | None = None) -> No
 
 def of_models(models: Mapping[str, XLoraForCausalLM]) -> dict[str, System]:
     """Models as they are, without and with drafts, and the first one's base. They must have the same base."""
-    with next(iter(models.values())).plain_base() as plain:
-        base = System("base", sharing(plain))
+    base = System("base", sharing(next(iter(models.values())).plain_base()))
     found = [base, _drafting(base, LOOKUP)]
     for name, model in models.items():
         system = System(name, model)

@@ -8,8 +8,7 @@
 Knows nothing of running models. Names of head tensors inside `Saved` are those of `ScalingHead.state_dict`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -85,12 +84,12 @@ def write(
     saved: Saved,
     folder: Path,
     format: Format,
-    base: Callable[[], AbstractContextManager[Any]] | None = None,
+    base: Any = None,
 ) -> None:
     """Writes a checkpoint; the folder appears whole or not at all.
 
     Args:
-        base: gives the plain base model to put into the folder as well.
+        base: the plain base model, to be put into the folder as well.
 
     Raises:
         NotExportableError: the format has no words for something in it.
@@ -101,8 +100,7 @@ def write(
         if format == "xloom":
             native.write(saved, staged, final=folder)
             if base is not None:
-                with base() as model:
-                    model.save_pretrained(staged / native.BASE)
+                base.save_pretrained(staged / native.BASE)
         else:
             refuse(format, [f"an {saved.model_class} (its score head)"] if saved.score else [])
             {"peft": peft, "xlora": xlora, "mistralrs": mistralrs}[format].write(saved, staged, final=folder)

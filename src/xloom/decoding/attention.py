@@ -5,13 +5,11 @@ more than attending. Here the queries of a group become rows of their key-value 
 Letters: B batch  H heads  G query heads for each key-value head  Q tokens  K tokens attended to  D head size
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface
 
 GROUPED = "xloom_grouped"
 
@@ -40,18 +38,3 @@ def grouped_attention(
 
 
 AttentionInterface.register(GROUPED, grouped_attention)
-
-
-@contextmanager
-def grouped(base: PreTrainedModel) -> Iterator[None]:
-    """The base attends by `grouped_attention` inside the block, where it uses torch's own otherwise."""
-    config = base.config.get_text_config(decoder=True)
-    before = config._attn_implementation
-    if before != "sdpa":
-        yield
-        return
-    config._attn_implementation = GROUPED
-    try:
-        yield
-    finally:
-        config._attn_implementation = before

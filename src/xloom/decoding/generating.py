@@ -8,20 +8,23 @@ Letters: T tokens  V vocabulary  S sites  N experts
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from xloom.cache import new_cache
 from xloom.decoding.loop import Chooser, Policy, Tally, Written, write
-from xloom.decoding.steppers import OnePass, Stepper
+from xloom.decoding.steppers import Begun, OnePass, Stepper
 from xloom.errors import ConfigError
 from xloom.passes import TwoPassModel
+from xloom.routers import Routing
+from xloom.trace import ScalingsLog
 
 
 class Decoding(ABC):
@@ -41,18 +44,12 @@ class Decoding(ABC):
         self.generator = generator
         self.tally = Tally()
 
-    def check(self, model: TwoPassModel) -> None:  # noqa: B027
-        """Raises ConfigError for a model or router that it cannot write with, before anything runs."""
+    def check(self, model: TwoPassModel, routing: Routing) -> None:  # noqa: B027
+        """Raises ConfigError for a model or a routing that it cannot write with, before anything runs."""
 
     @abstractmethod
-    def stepper(self, model: TwoPassModel, cache: Cache, length: int, mask: Tensor | None, last_SN: Tensor) -> Stepper:
-        """How windows go through the model.
-
-        Args:
-            length: tokens in the cache.
-            mask: attention mask [1, T], where some of them are padding.
-            last_SN: scalings of the last token in the cache.
-        """
+    def stepper(self, begun: Begun) -> Stepper:
+        """How windows go through the model, after a prompt that was read."""
 
     def __call__(
         self,
@@ -66,7 +63,8 @@ class Decoding(ABC):
         """Raises ConfigError for batches, beams, attentions or hidden states in the output."""
         streamer = model_kwargs.pop("streamer", None)
         texts, written = [input_ids], list[Written]()
-        for one in decode(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, self):
+        text = Text(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+        for one in text.written(self, self.generator, model.current_log):
             written.append(one)
             texts.append(input_ids.new_tensor([[one.token]]))
             if streamer is not None:
@@ -88,73 +86,88 @@ class Decoding(ABC):
 class Plain(Decoding):
     """Token by token, as the model is."""
 
-    def stepper(self, model: TwoPassModel, cache: Cache, length: int, mask: Tensor | None, last_SN: Tensor) -> Stepper:
-        return OnePass(model, cache, length, mask)
+    def stepper(self, begun: Begun) -> Stepper:
+        return OnePass(begun)
 
 
-@torch.no_grad()
-def decode(
-    model: TwoPassModel,
-    input_ids: Tensor,
-    process: Callable[..., Tensor],
-    stop: Callable[..., Tensor],
-    settings: GenerationConfig,
-    inputs: dict[str, Any],
-    how: Decoding,
-) -> Generator[Written]:
-    """Tokens after `input_ids` [1, T], until `stop` says so.
+@dataclass
+class Text:
+    """One text that is to be written, as `generate` hands it to its decoding methods.
 
     Args:
-        process, stop, settings, inputs: as `generate` hands them to its decoding methods.
-
-    Raises:
-        ConfigError: as `Decoding.__call__`.
+        input_ids: [1, T].
+        process, stop: logits processors and stopping criteria.
+        settings: `generate`'s own, made of all that was asked for.
+        inputs: what goes with the model's forward, `routing` among it.
     """
-    _check(input_ids, settings, inputs)
-    how.check(model)
-    chooser = Chooser(process, bool(settings.do_sample), how.generator)
-    with _started(model, input_ids, inputs, how) as (stepper, last):
-        token, scores_V = chooser.choose(input_ids, last.logits_V, None)
-        first = last._replace(token=token, scores_V=scores_V)
-        text = torch.cat([input_ids, input_ids.new_tensor([[token]])], dim=1)
-        yield first
-        if bool(stop(text, first.scores_V[None])[0]):
-            return
-        more = write(
-            stepper, input_ids, token, chooser,
-            room=lambda: settings.max_length - text.shape[1], policy=Policy(how.looked_up), tally=how.tally,
-        )  # fmt: skip
+
+    model: TwoPassModel
+    input_ids: Tensor
+    process: LogitsProcessorList
+    stop: StoppingCriteriaList
+    settings: GenerationConfig
+    inputs: dict[str, Any]
+
+    @torch.no_grad()
+    def written(self, how: Decoding, generator: torch.Generator | None, log: ScalingsLog | None) -> Generator[Written]:
+        """Tokens after the prompt, until `stop` says so.
+
+        Args:
+            generator: draws them.
+            log: where scalings are logged, if anywhere.
+
+        Raises:
+            ConfigError: as `Decoding.__call__`.
+        """
+        ids, settings = self.input_ids, self.settings
+        _check(ids, settings, self.inputs)
+        routing = self.model.routing_of(self.inputs.get("routing")).for_rows(1)
+        how.check(self.model, routing)
+        chooser = Chooser(self.process, bool(settings.do_sample), generator)
+        with self._started(how, routing, log) as (stepper, last):
+            token, scores_V = chooser.choose(ids, last.logits_V, None)
+            first = last._replace(token=token, scores_V=scores_V)
+            text = torch.cat([ids, ids.new_tensor([[token]])], dim=1)
+            yield first
+            if bool(self.stop(text, first.scores_V[None])[0]):
+                return
+            more = write(
+                stepper, ids, token, chooser,
+                room=lambda: settings.max_length - text.shape[1], policy=Policy(how.looked_up), tally=how.tally,
+            )  # fmt: skip
+            try:
+                for one in more:
+                    text = torch.cat([text, text.new_tensor([[one.token]])], dim=1)
+                    yield one
+                    if bool(self.stop(text, one.scores_V[None])[0]):
+                        return
+            finally:
+                more.close()
+
+    @contextmanager
+    def _started(self, how: Decoding, routing: Routing, log: ScalingsLog | None) -> Iterator[tuple[Stepper, Written]]:
+        """The prompt in the cache, and what it says comes next."""
+        model, inputs = self.model, self.inputs
+        cache = inputs.get("past_key_values")
+        if cache is None:  # an empty one is false
+            cache = new_cache(model.config)
+        inputs["past_key_values"] = cache
+        mask, held = inputs.get("attention_mask"), int(cache.get_seq_length())
+        positions = {} if mask is None else {name: of[:, held:] for name, of in model.positions(mask).items()}
+        with model.unlogged():
+            out = model(
+                self.input_ids[:, held:], attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1,
+                routing=routing, **positions,
+            )  # fmt: skip
+        if log is not None:
+            log.append(out.scalings)
+        last = Written(0, out.logits[0, -1], out.logits[0, -1], out.scalings[0, -1], False)
+        stepper = how.stepper(Begun(model, cache, self.input_ids.shape[1], mask, last.scalings_SN, routing, log))
         try:
-            for one in more:
-                text = torch.cat([text, text.new_tensor([[one.token]])], dim=1)
-                yield one
-                if bool(stop(text, one.scores_V[None])[0]):
-                    return
+            yield stepper, last
         finally:
-            more.close()
-
-
-@contextmanager
-def _started(
-    model: TwoPassModel, input_ids: Tensor, inputs: dict[str, Any], how: Decoding
-) -> Iterator[tuple[Stepper, Written]]:
-    """The prompt in the cache, and what it says comes next."""
-    cache = inputs.get("past_key_values")
-    if cache is None:  # an empty one is false
-        cache = new_cache(model.config)
-    inputs["past_key_values"] = cache
-    mask, held = inputs.get("attention_mask"), int(cache.get_seq_length())
-    positions = {} if mask is None else {name: of[:, held:] for name, of in model.positions(mask).items()}
-    out = model(
-        input_ids[:, held:], attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **positions
-    )
-    last = Written(0, out.logits[0, -1], out.logits[0, -1], out.scalings[0, -1], False)
-    stepper = how.stepper(model, cache, input_ids.shape[1], mask, last.scalings_SN)
-    try:
-        yield stepper, last
-    finally:
-        if not sys.is_finalizing():  # a text left open when the interpreter ends: tensors may no longer be worked with
-            stepper.close()
+            if not sys.is_finalizing():  # a text left open at the interpreter's end: tensors may be beyond use
+                stepper.close()
 
 
 def _check(input_ids: Tensor, settings: GenerationConfig, inputs: dict[str, Any]) -> None:

@@ -13,44 +13,68 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
 
 from xloom import architecture
 from xloom.cache import CacheViews, views
+from xloom.call import Call
 from xloom.decoding import working
-from xloom.decoding.attention import grouped
-from xloom.decoding.steppers import Stepped, Stepper
+from xloom.decoding.attention import GROUPED
+from xloom.decoding.steppers import Begun, Stepped, Stepper
 from xloom.gating import scaling_pass_scalings
-from xloom.passes import TwoPassModel
-from xloom.routers import HiddenStateRouter, Precomputed
 
 
-def suits(model: TwoPassModel, cache: Cache, length: int) -> bool:
-    """Whether this model, its router in charge, and this cache of `length` tokens can do with `Joint`."""
-    if not model.runs_two_passes or not architecture.takes_own_masks(model.base):
+def suits(begun: Begun) -> bool:
+    """Whether this model, who decides, and this cache can do with `Joint`."""
+    model = begun.model
+    if not model.in_two_passes(begun.routing) or not architecture.takes_own_masks(model.base):
         return False
     depth = model.config.base_text_config.num_hidden_layers
-    return all(working.holds_all(layer, length) for layer in cache.layers[: 2 * depth])
+    return all(working.holds_all(layer, begun.length) for layer in begun.cache.layers[: 2 * depth])
+
+
+class _Parted(nn.Module):
+    """In the place of the language-model head, for one text: keeps the hidden states of the scaling pass.
+
+    Attributes:
+        scaling, mixed: which tokens [T] of the forward belong to the scaling pass, and which to the mixed pass.
+        hidden_BTD: those of the last forward's scaling pass.
+    """
+
+    scaling: slice
+    mixed: Tensor
+    hidden_BTD: Tensor
+
+    def __init__(self, head: nn.Module, takes_all: bool) -> None:
+        super().__init__()
+        self.head, self._takes_all = head, takes_all
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        self.hidden_BTD = hidden_BTD[:, self.scaling]
+        # experts on the language-model head have scalings of all tokens
+        logits: Tensor = self.head(hidden_BTD if self._takes_all else hidden_BTD[:, self.mixed])
+        return logits[:, self.mixed] if self._takes_all else logits
 
 
 @final
 class Joint(Stepper):
-    """Both passes of a two-pass model in one forward.
+    """Both passes of a two-pass model in one forward, through modules of the base that belong to this text alone."""
 
-    Args:
-        mask: as for `OnePass`.
-        last_SN: scalings of the last token in the cache.
-    """
-
-    def __init__(self, model: TwoPassModel, cache: Cache, length: int, mask: Tensor | None, last_SN: Tensor) -> None:
-        super().__init__(model, length)
-        given = views(cache, model.config, two_passes=True)
-        self._slots = working.Slots(given, length, mask)
+    def __init__(self, begun: Begun) -> None:
+        super().__init__(begun)
+        model = begun.model
+        given = views(begun.cache, model.config, two_passes=True)
+        self._slots = working.Slots(given, begun.length, begun.mask)
         self._given_pools, self._pools = given.pools, working.copied(given.pools)
-        self._padding = 0 if mask is None else int((mask[0, :length] == 0).sum())
-        self._last_SN = last_SN
+        self._padding = 0 if begun.mask is None else int((begun.mask[0, : begun.length] == 0).sum())
+        self._last_SN = begun.last_SN
         self._seen: list[int] = []  # tokens after the kept ones whose true scalings are known
-        self._known_WSN = last_SN[None][:0]
+        self._known_WSN = begun.last_SN[None][:0]
+        head = model.get_output_embeddings()
+        self._parted = _Parted(head, model.adapts_lm_head)
+        attends = model.base.config.get_text_config(decoder=True)._attn_implementation
+        self._base = architecture.with_modules(
+            model.base, {head: self._parted}, attention=GROUPED if attends == "sdpa" else None
+        )
 
     def step(self, window: Sequence[int], *, ahead: bool = True) -> Stepped:
         exact = _same(window, self._seen)
@@ -72,24 +96,30 @@ class Joint(Stepper):
         passes[scaling] = working.SCALING
         ids = torch.tensor([[*window, *window[again:]]], device=device)
         scalings = torch.cat([used_WSN, used_WSN[again:]])
-        split = CacheViews(self._slots.cache, self._slots.cache, self._pools)
-        with grouped(self.model.base):
-            out = _joint_pass(
-                self.model,
-                scalings,
-                scaling,
-                split,
+        weights_N = scaling_pass_scalings(self.model.config, self.model.head.linears[0].weight)
+        scalings[scaling] = 0.0 if weights_N is None else weights_N
+        self._parted.scaling = scaling
+        self._parted.mixed = passes == working.MIXED
+        call = self.model.mix(Call(), self.routing, scalings[None])
+        with torch.no_grad(), self.model.mixture.current.running(call):
+            out = self._base(
                 input_ids=ids,
                 position_ids=(positions - self._padding)[None],
                 attention_mask=self._masks(positions, passes),
+                past_key_values=self._slots.cache,
+                use_cache=True,
+                return_dict=True,
             )
+        hidden_BTD = self._parted.hidden_BTD
+        split = CacheViews(self._slots.cache, self._slots.cache, self._pools)
+        decided = self.model.decide(hidden_BTD, hidden_BTD.new_ones(hidden_BTD.shape[:2]), split, self.routing)
         self._slots.added(positions, passes)
-        return out
+        return out.logits[0], decided.scalings_BTSN[0]
 
     def keep(self, window: int, count: int) -> None:
         if count:
             self._last_SN = self._known_WSN[count - 1]
-            self.model.log(self._known_WSN[None, :count])
+            self.log(self._known_WSN[:count])
         self._seen, self._known_WSN = self._seen[count:], self._known_WSN[count:]
         self.length += count
 
@@ -111,44 +141,6 @@ class Joint(Stepper):
             kind: self._slots.mask(positions, passes, self.model.base.dtype, size) for kind, size in windows.items()
         }
         return made if len(made) > 1 else next(iter(made.values()))
-
-
-def _joint_pass(
-    model: TwoPassModel, scalings_TSN: Tensor, scaling: slice, split: CacheViews, **inputs: Any
-) -> tuple[Tensor, Tensor]:
-    """Tokens of both passes as one row, which `attention_mask` [1, 1, T, past + T] keeps apart.
-
-    Args:
-        scalings_TSN: of the tokens of the mixed pass; those of the scaling pass get their own.
-        scaling: the tokens of the scaling pass. The router in charge decides on their scalings.
-        split: one stack for both passes, and the pools.
-        inputs: `input_ids` [1, T], `position_ids`, `attention_mask`.
-
-    Returns:
-        Logits of the other tokens, and the scalings that were decided on.
-    """
-    weights = scaling_pass_scalings(model.config, model.head.linears[0].weight)
-    scalings_TSN[scaling] = 0.0 if weights is None else weights
-    mixed = torch.ones(len(scalings_TSN), dtype=torch.bool, device=scalings_TSN.device)
-    mixed[scaling] = False
-    model.mixture.global_weight = model.config.global_scaling_weight
-    hidden: list[Tensor] = []
-
-    def take(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden.append(given[0][:, scaling])
-        # experts on the language-model head have scalings of all tokens
-        return given if model.adapts_lm_head else (given[0][:, mixed], *given[1:])
-
-    assert isinstance(model.router, HiddenStateRouter)
-    router = Precomputed(scalings_TSN[None], once=True, most=model.router.most(model.config))
-    hook = model.get_output_embeddings().register_forward_pre_hook(take)
-    try:
-        with torch.no_grad(), model.mixture.routed_by(router):
-            logits_TV = model.base(**inputs, past_key_values=split.mixed, use_cache=True, return_dict=True).logits[0]
-    finally:
-        hook.remove()
-    decided = model.decide(hidden[0], hidden[0].new_ones(hidden[0].shape[:2]), split)[0]
-    return logits_TV[mixed] if model.adapts_lm_head else logits_TV, decided
 
 
 def _same(one: Sequence[int], other: Sequence[int]) -> int:

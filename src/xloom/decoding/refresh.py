@@ -11,16 +11,16 @@ from collections.abc import Sequence
 from typing import Any, final
 
 import torch
-from torch import Tensor
 from transformers import Cache
 
 from xloom.cache import CacheViews, views
+from xloom.call import Call
 from xloom.decoding import working
 from xloom.decoding.generating import Decoding
-from xloom.decoding.steppers import Stepped, Stepper
+from xloom.decoding.steppers import Begun, Stepped, Stepper
 from xloom.errors import ConfigError
 from xloom.passes import TwoPassModel
-from xloom.routers import HiddenStateRouter, Precomputed
+from xloom.routers import Routing
 
 
 @final
@@ -49,31 +49,30 @@ class Refreshing(Decoding):
         beyond = written - self.after
         return beyond < 0 or (self.every is not None and beyond % self.every == 0)
 
-    def check(self, model: TwoPassModel) -> None:
-        if not model.runs_two_passes:
+    def check(self, model: TwoPassModel, routing: Routing) -> None:
+        if not model.in_two_passes(routing):
             raise ConfigError(
                 "refreshing spares scaling passes: expected a model and a router with two passes, found one; leave "
                 "custom_generate out"
             )
 
-    def stepper(self, model: TwoPassModel, cache: Cache, length: int, mask: Tensor | None, last_SN: Tensor) -> Stepper:
-        return _Held(model, cache, length, mask, last_SN, self)
+    def stepper(self, begun: Begun) -> Stepper:
+        return _Held(begun, self)
 
 
 class _Held(Stepper):
     """A token at a time through the mixed pass, and all tokens since the last decision through the scaling pass."""
 
-    def __init__(
-        self, model: TwoPassModel, cache: Cache, length: int, mask: Tensor | None, last_SN: Tensor, how: Refreshing
-    ) -> None:
-        super().__init__(model, length)
-        self._given, self._mask, self._how = views(cache, model.config, two_passes=True), mask, how
+    def __init__(self, begun: Begun, how: Refreshing) -> None:
+        super().__init__(begun)
+        self._given = views(begun.cache, begun.model.config, two_passes=True)
+        self._mask, self._how = begun.mask, how
         copies = [working.copied(part) for part in (self._given.scaling.layers, self._given.mixed.layers)]
         scaling, mixed = (Cache(layers=layers) for layers in copies)
         self._split = CacheViews(scaling, mixed, working.copied(self._given.pools))
-        self._decided = length  # tokens that the scaling pass has seen
+        self._decided = begun.length  # tokens that the scaling pass has seen
         self._undecided: list[int] = []  # those after them
-        self._newest_SN = last_SN
+        self._newest_SN = begun.last_SN
 
     def step(self, window: Sequence[int], *, ahead: bool = True) -> Stepped:
         self._undecided += window
@@ -81,17 +80,15 @@ class _Held(Stepper):
             self._decide(self.length + len(window))
         scalings_WSN = self._newest_SN.expand(len(window), -1, -1)
         model = self.model
-        assert isinstance(model.router, HiddenStateRouter)
-        model.mixture.global_weight = model.config.global_scaling_weight
-        router = Precomputed(scalings_WSN[None], once=True, most=model.router.most(model.config))
-        with model.mixture.routed_by(router):
+        call = model.mix(Call(), self.routing, scalings_WSN[None])
+        with model.mixture.current.running(call):
             inputs = self._inputs(window, self.length + len(window))
             out = model.base(**inputs, past_key_values=self._split.mixed, return_dict=True)
         return Stepped(out.logits[0], scalings_WSN, len(window))
 
     def keep(self, window: int, count: int) -> None:
         assert window == count == 1, "without drafts a window is the text's next token"
-        self.model.log(self._newest_SN[None, None])
+        self.log(self._newest_SN[None])
         working.cut([*self._split.scaling.layers, *self._split.mixed.layers], 0)
         self.length += 1
 
@@ -113,7 +110,8 @@ class _Held(Stepper):
         ids = self._undecided
         hidden_BTD = self.model.scaling_pass(self._inputs(ids, stop), self._split)
         self._decided, self._undecided = stop, []
-        self._newest_SN = self.model.decide(hidden_BTD, hidden_BTD.new_ones(hidden_BTD.shape[:2]), self._split)[0, -1]
+        mask_BT = hidden_BTD.new_ones(hidden_BTD.shape[:2])
+        self._newest_SN = self.model.decide(hidden_BTD, mask_BT, self._split, self.routing).scalings_BTSN[0, -1]
 
     def _inputs(self, ids: Sequence[int], stop: int) -> dict[str, Any]:
         """Of the tokens before place `stop` of the text."""

@@ -6,14 +6,11 @@ model.generate(ids, custom_generate=xloom.speculative(), max_new_tokens=200)
 from typing import final
 
 import torch
-from torch import Tensor
-from transformers import Cache
 
 from xloom.decoding import joint
 from xloom.decoding.generating import Decoding
-from xloom.decoding.steppers import OnePass, Stepper
+from xloom.decoding.steppers import Begun, OnePass, Stepper
 from xloom.errors import ConfigError
-from xloom.passes import TwoPassModel
 
 MOST_LOOKED_UP = 8
 
@@ -37,10 +34,8 @@ class Speculative(Decoding):
             raise ConfigError(f"looked_up: expected 0 or more, found {looked_up}")
         self.looked_up = looked_up
 
-    def stepper(self, model: TwoPassModel, cache: Cache, length: int, mask: Tensor | None, last_SN: Tensor) -> Stepper:
-        if joint.suits(model, cache, length):
-            return joint.Joint(model, cache, length, mask, last_SN)
-        return OnePass(model, cache, length, mask)
+    def stepper(self, begun: Begun) -> Stepper:
+        return joint.Joint(begun) if joint.suits(begun) else OnePass(begun)
 
 
 def speculative(looked_up: int = MOST_LOOKED_UP, generator: torch.Generator | None = None) -> Speculative:

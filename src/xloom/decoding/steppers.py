@@ -6,6 +6,7 @@ Letters: W tokens of the window  V vocabulary  S sites  N experts
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, final
 
 import torch
@@ -14,6 +15,8 @@ from transformers import Cache
 
 from xloom.decoding import working
 from xloom.passes import TwoPassModel
+from xloom.routers import Routing
+from xloom.trace import ScalingsLog
 
 
 class Stepped(NamedTuple):
@@ -27,16 +30,45 @@ class Stepped(NamedTuple):
     exact: int
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A text whose prompt has been read.
+
+    Args:
+        cache: holds `length` tokens.
+        mask: attention mask [1, T] of what the cache holds, where some of it is padding.
+        last_SN: scalings of the last token in the cache.
+        routing: who decides, for the one row, for as long as the text is written.
+        log: where the scalings of tokens that are kept go.
+    """
+
+    model: TwoPassModel
+    cache: Cache
+    length: int
+    mask: Tensor | None
+    last_SN: Tensor
+    routing: Routing
+    log: ScalingsLog | None = None
+
+
 class Stepper(ABC):
     """A sequence that is being written.
 
     Args:
-        length: tokens that the cache holds.
+        begun: what is in the cache, and who decides.
+
+    Attributes:
+        length: tokens that are kept.
     """
 
-    def __init__(self, model: TwoPassModel, length: int) -> None:
-        self.model, self.length = model, length
-        self._started = length
+    def __init__(self, begun: Begun) -> None:
+        self.model, self.length, self.routing, self._log = begun.model, begun.length, begun.routing, begun.log
+        self._started = begun.length
+
+    def log(self, scalings_TSN: Tensor) -> None:
+        """Of tokens that are kept."""
+        if self._log is not None:
+            self._log.append(scalings_TSN[None])
 
     @abstractmethod
     def step(self, window: Sequence[int], *, ahead: bool = True) -> Stepped:
@@ -57,16 +89,12 @@ class Stepper(ABC):
 
 @final
 class OnePass(Stepper):
-    """The model as it is, whatever its router: exact at once, in one or two passes.
+    """The model as it is, whoever decides: exact at once, in one or two passes."""
 
-    Args:
-        mask: attention mask [1, T] of what the cache holds, where some of it is padding.
-    """
-
-    def __init__(self, model: TwoPassModel, cache: Cache, length: int, mask: Tensor | None) -> None:
-        super().__init__(model, length)
-        self._mask, self._given = mask, cache
-        self._cache = Cache(layers=working.copied(cache.layers))
+    def __init__(self, begun: Begun) -> None:
+        super().__init__(begun)
+        self._mask, self._given = begun.mask, begun.cache
+        self._cache = Cache(layers=working.copied(begun.cache.layers))
         self._scalings_WSN: Tensor
 
     def step(self, window: Sequence[int], *, ahead: bool = True) -> Stepped:
@@ -77,12 +105,13 @@ class OnePass(Stepper):
             positions = self.model.positions(inputs["attention_mask"])
             inputs |= {name: of[:, -len(window) :] for name, of in positions.items()}
         with self.model.unlogged():
-            out = self.model(**inputs, past_key_values=self._cache, use_cache=True)
+            out = self.model(**inputs, past_key_values=self._cache, use_cache=True, routing=self.routing)
         self._scalings_WSN = out.scalings[0]
         return Stepped(out.logits[0], out.scalings[0], len(window))
 
     def keep(self, window: int, count: int) -> None:
-        self.model.log(self._scalings_WSN[None, :count])
+        if count:
+            self.log(self._scalings_WSN[:count])
         working.cut(self._cache.layers, window - count)
         self.length += count
 

@@ -1,16 +1,18 @@
 """`steps`: text as it is written, each token with its probability and the mixing that wrote it."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from xloom.decoding.generating import Decoding, Plain, decode
+from xloom.decoding.generating import Decoding, Plain, Text
+from xloom.decoding.loop import Written
 from xloom.decoding.speculation import Speculative
 from xloom.errors import ConfigError
 from xloom.passes import TwoPassModel
+from xloom.routers import Routed, Routing
 from xloom.trace.html import step_html
 from xloom.trace.shares import BASE, leaders, shares
 
@@ -74,11 +76,32 @@ class Detokenizer:
         return text
 
 
+def prepared(model: Any, input_ids: Tensor, routing: Routing, options: Mapping[str, Any]) -> Text:
+    """A text as `generate` prepares it: processors, criteria, settings, mask and cache, by its options."""
+    found: list[Text] = []
+
+    def prepare(
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **inputs: Any,
+    ) -> Tensor:
+        found.append(Text(model, input_ids, logits_processor, stopping_criteria, generation_config, inputs))
+        return input_ids
+
+    model.generate(input_ids, routing=routing, custom_generate=prepare, **options)
+    return found[0]
+
+
 def steps(
     model: TwoPassModel,
     input_ids: Tensor,
     tokenizer: Any = None,
     *,
+    routing: Routed | None = None,
+    generator: torch.Generator | None = None,
     speculative: Speculative | bool = False,
     custom_generate: Decoding | None = None,
     **options: Any,
@@ -89,28 +112,31 @@ def steps(
     how = custom_generate or Plain()
     if speculative:
         how = Speculative() if speculative is True else speculative
-    prepared: dict[str, Any] = {}
-
-    def prepare(model: Any, input_ids: Tensor, **given: Any) -> Tensor:
-        prepared.update(given, input_ids=input_ids)
-        return input_ids
-
+    if generator is not None and how.generator is not None:
+        raise ConfigError("stream: found a generator, and another in what it writes with; expected one")
     ends = options.pop("stop_strings", None) or []  # generate hands its tokenizer to no custom decoding
     ends = [ends] if isinstance(ends, str) else list(ends)
     if ends and tokenizer is None:
         raise ConfigError(f"stop_strings={ends!r}: expected a tokenizer to find them with, found none")
-    generate: Any = model.generate  # it prepares prompts, processors, criteria and the cache as it always does
-    generate(input_ids, custom_generate=prepare, **options)
-    detokenizer = Detokenizer(tokenizer)
-    ids, process = prepared.pop("input_ids"), prepared.pop("logits_processor")
-    stop, settings = prepared.pop("stopping_criteria"), prepared.pop("generation_config")
-    text, longest = "", max((len(end) for end in ends), default=0)
-    with closing(decode(model, ids, process, stop, settings, prepared, how)) as written:
+    text = prepared(model, input_ids, model.routing_of(routing), options)
+    written = text.written(how, how.generator if generator is None else generator, model.current_log)
+    return _told(written, Detokenizer(tokenizer), ends, model.experts)
+
+
+def _told(
+    written: Generator[Written], detokenizer: Detokenizer, ends: Sequence[str], experts: tuple[str, ...]
+) -> Iterator[Step]:
+    tail, longest = "", max((len(end) for end in ends), default=0)
+    with closing(written):
         for one in written:
-            logprob = float(torch.log_softmax(one.logits_V.float(), dim=-1)[one.token])
-            piece = detokenizer.add(one.token)
-            step = Step(one.token, piece, logprob, one.scalings_SN, one.from_draft, model.experts)
+            step = told(one, detokenizer, experts)
             yield step
-            text = text[-longest:] + step.text if longest else ""
-            if any(end in text for end in ends):
+            tail = tail[-longest:] + step.text if longest else ""
+            if any(end in tail for end in ends):
                 return
+
+
+def told(one: Written, detokenizer: Detokenizer, experts: tuple[str, ...]) -> Step:
+    """A step of what was written."""
+    logprob = float(torch.log_softmax(one.logits_V.float(), dim=-1)[one.token])
+    return Step(one.token, detokenizer.add(one.token), logprob, one.scalings_SN, one.from_draft, experts)

@@ -14,8 +14,8 @@ The files, in the order in which a run passes through them:
     results     flat rows                                report, plot  for reading
 """
 
+from xloom.evaluation.answers import answers, losses
 from xloom.evaluation.bench import Bench
-from xloom.evaluation.decoding import decode, losses
 from xloom.evaluation.registry import all_names, find_systems
 from xloom.evaluation.results import Evaluation
 from xloom.evaluation.run import Watch, evaluate
@@ -33,7 +33,7 @@ __all__ = [
     "Task",
     "Watch",
     "all_names",
-    "decode",
+    "answers",
     "evaluate",
     "find_scorer",
     "find_systems",

@@ -4,8 +4,7 @@ Knows nothing of the ways to answer, or of grades.
 """
 
 import platform
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +12,9 @@ from typing import Any
 
 import torch
 
-from xloom.config import XLoraConfig
+from xloom.decoding.batch import BATCH_TOKENS
 from xloom.errors import ConfigError, DataError, NotFoundError, PromptError, XLoomError, names
-from xloom.evaluation.decoding import BATCH_TOKENS, Prompt
+from xloom.evaluation.answers import Prompt
 from xloom.evaluation.tasks import Question, Task
 from xloom.model import XLoraForCausalLM
 from xloom.training.base import load_tokenizer
@@ -159,16 +158,3 @@ def check_alike(bench: Bench, folder: Path, model: XLoraForCausalLM) -> None:
             f"{folder}: its tokenizer or chat template gives other token ids than the other systems' for "
             f"{rows[0].where}; expected the same"
         )
-
-
-@contextmanager
-def changed(config: XLoraConfig, fields: Mapping[str, Any]) -> Iterator[None]:
-    """Other values of some fields, for a while."""
-    before = {name: getattr(config, name) for name in fields}
-    try:
-        for name, value in fields.items():
-            setattr(config, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(config, name, value)

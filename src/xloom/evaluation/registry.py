@@ -146,7 +146,8 @@ def _head(word: str, rest: str) -> _Make:
 
     def make(model: XLoraForCausalLM, collapse: Path | None) -> System:
         router_words.check_top_k(word, k, len(model.experts) + model.config.null_expert)
-        return Routed(word, about, lambda bench: XLora(), routes=True, reads_head=True, fields=fields)
+        router = XLora(top_k=k, renormalise=match[2] is not None)
+        return Routed(word, about, lambda bench: router, routes=True, reads_head=True, fields=fields)
 
     return make
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from xloom.decoding.batch import BATCH_TOKENS
 from xloom.errors import ConfigError, DataError, XLoomError, names
-from xloom.evaluation.bench import Bench, changed
-from xloom.evaluation.decoding import BATCH_TOKENS, Answer, Prompt
+from xloom.evaluation.answers import Answer, Prompt
+from xloom.evaluation.bench import Bench
 from xloom.evaluation.memory import PeakMemory
 from xloom.evaluation.results import Column, Evaluation, Outcome
 from xloom.evaluation.scorers import Grade
@@ -168,8 +169,6 @@ def _fill(system: System, bench: Bench, asked: _Asked, file: AnswerFile, loss: b
     if not missing and not unmeasured:
         return
     with PeakMemory(bench.model.device) as memory, ExitStack() as stack:
-        if not system.reads_head:  # the experts as they are, whatever weight the head's mixture has
-            stack.enter_context(changed(bench.model.config, {"global_scaling_weight": 1.0}))
         with _preparing():
             ready = stack.enter_context(system.ready(bench))
         started = time.perf_counter()

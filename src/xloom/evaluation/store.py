@@ -22,7 +22,7 @@ import torch
 from xloom.checkpoints.native import EXPERT_FOLDERS
 from xloom.config import own_fields
 from xloom.errors import ConfigError
-from xloom.evaluation.decoding import Prompt
+from xloom.evaluation.answers import Prompt
 from xloom.evaluation.tasks import Question
 from xloom.files import read_json
 from xloom.model import XLoraForCausalLM

@@ -15,14 +15,14 @@ from typing import Any, final
 import torch
 
 from xloom.collapse import mean_scalings, static_expert
-from xloom.evaluation.bench import Bench, Ids, changed, check_alike, right_experts
-from xloom.evaluation.decoding import Answer, Prompt, RouterOf, decode, losses
+from xloom.evaluation.answers import Answer, Prompt, answers, losses
+from xloom.evaluation.bench import Bench, Ids, check_alike, right_experts
 from xloom.evaluation.shots import SEPARATOR, Constants, solved, with_shots
 from xloom.evaluation.tasks import Question, Task
 from xloom.experts import Expert
 from xloom.merging import Method, merge_experts, on_deltas
 from xloom.model import XLoraForCausalLM
-from xloom.routers import BaseOnly, Centroid, Fixed, PerRow, Router, Single, check_known
+from xloom.routers import BaseOnly, Centroid, Fixed, PerRow, Router, Routing, Single, XLora, check_known
 from xloom.training.data import Example
 
 
@@ -94,51 +94,43 @@ class _ModelReady(Ready):
     """Answers of a model.
 
     Args:
-        group_of: questions of different groups never share a batch.
-        router_of: the router for questions of one group, by them and their prompts; by default the model's own.
-        alike: whether all questions of a group have the same router, so that a prefix can be shared.
+        router_of: who decides, by a question and its prompt.
+        as_they_are: whether experts have the router's own weights, whatever weight the head's mixture has.
+        kind_of: prompts of one kind begin alike, further than all do; they are answered together, not among others.
     """
 
     def __init__(
         self,
         bench: Bench,
         model: XLoraForCausalLM,
-        router_of: Callable[[Sequence[Question], Sequence[Prompt]], Router] | None = None,
-        group_of: Callable[[Question, Prompt], Hashable] = lambda question, prompt: None,
-        alike: bool = True,
+        router_of: Callable[[Question, Prompt], Router],
+        *,
+        as_they_are: bool = True,
+        kind_of: Callable[[Question], Hashable] = lambda question: None,
     ) -> None:
         self.experts = model.experts
-        self._bench, self._model = bench, model
-        self._router_of, self._group_of, self._alike = router_of, group_of, alike
+        self._bench, self._model, self._router_of = bench, model, router_of
+        self._as_they_are, self._kind_of = as_they_are, kind_of
 
     def answers(self, questions: Sequence[Question], prompts: Sequence[Prompt]) -> Iterator[dict[int, Answer]]:
-        pairs = zip(questions, prompts, strict=True)
-        grouped = [replace(prompt, group=self._group_of(question, prompt)) for question, prompt in pairs]
-        yield from decode(
-            self._model,
-            self._bench.tokenizer,
-            grouped,
-            router_of=self._by_places(questions, prompts),
-            batch_tokens=self._bench.batch_tokens,
-            share_prefix=self._alike,
-        )
+        routings = self._routings(questions, prompts)
+        kinds: dict[Hashable, list[int]] = {}
+        for place, question in enumerate(questions):
+            kinds.setdefault(self._kind_of(question), []).append(place)
+        for places in kinds.values():
+            some, whose = [prompts[i] for i in places], [routings[i] for i in places]
+            tokens = self._bench.batch_tokens
+            for found in answers(self._model, self._bench.tokenizer, some, whose, batch_tokens=tokens):
+                yield {places[at]: answer for at, answer in found.items()}
 
     def losses(self, questions: Sequence[Question], rows: Sequence[Ids]) -> list[float]:
         prompts = [Prompt(ids[:start], 1) for ids, start in rows]
-        return losses(
-            self._model,
-            self._bench.tokenizer,
-            rows,
-            router_of=self._by_places(questions, prompts),
-            groups=[self._group_of(question, prompt) for question, prompt in zip(questions, prompts, strict=True)],
-            batch_tokens=self._bench.batch_tokens,
-        )
+        return losses(self._model, rows, self._routings(questions, prompts), batch_tokens=self._bench.batch_tokens)
 
-    def _by_places(self, questions: Sequence[Question], prompts: Sequence[Prompt]) -> RouterOf | None:
-        router_of = self._router_of
-        if router_of is None:
-            return None
-        return lambda places: router_of([questions[i] for i in places], [prompts[i] for i in places])
+    def _routings(self, questions: Sequence[Question], prompts: Sequence[Prompt]) -> list[Routing]:
+        pairs = zip(questions, prompts, strict=True)
+        found = [self._model.routing_of(self._router_of(question, prompt)) for question, prompt in pairs]
+        return [routing.weighed(1.0) for routing in found] if self._as_they_are else found
 
 
 # --- without a mixture ---
@@ -205,7 +197,7 @@ class FewShot(System):
     @contextmanager
     def ready(self, bench: Bench) -> Iterator[Ready]:
         base = BaseOnly()
-        yield _ModelReady(bench, bench.model, lambda *_: base, lambda question, _: (question.column, question.task))
+        yield _ModelReady(bench, bench.model, lambda *_: base, kind_of=lambda asked: (asked.column, asked.task))
 
 
 # --- routers ---
@@ -217,7 +209,7 @@ class Routed(System):
 
     Args:
         make: the router, from the bench; asked once.
-        fields: of the model's config, changed for as long as it answers.
+        fields: of the model's config that the router has values of its own for.
         fitted: whether `make` looks at the bench's samples.
     """
 
@@ -241,9 +233,8 @@ class Routed(System):
 
     @contextmanager
     def ready(self, bench: Bench) -> Iterator[Ready]:
-        with changed(bench.model.config, self._fields):
-            router = self._make(bench)
-            yield _ModelReady(bench, bench.model, lambda *_: router)
+        router = self._make(bench)
+        yield _ModelReady(bench, bench.model, lambda *_: router, as_they_are=not self.reads_head)
 
 
 @final
@@ -257,13 +248,8 @@ class RightExpert(System):
 
     @contextmanager
     def ready(self, bench: Bench) -> Iterator[Ready]:
-        def group(question: Question, _: Prompt) -> tuple[str, ...]:
-            return right_experts(question, bench.model.experts)
-
-        def router_of(questions: Sequence[Question], prompts: Sequence[Prompt]) -> Router:
-            return _alike(group(questions[0], prompts[0]), bench.model.experts)
-
-        yield _ModelReady(bench, bench.model, router_of, group)
+        experts = bench.model.experts
+        yield _ModelReady(bench, bench.model, lambda question, _: _alike(right_experts(question, experts), experts))
 
 
 @final
@@ -282,23 +268,13 @@ class Nearest(System):
         centroid = Centroid.fit(bench.model, bench.samples(), top_k=self._top_k)
         weights: dict[tuple[int, ...], torch.Tensor] = {}
 
-        def of(prompt: Prompt) -> torch.Tensor:
+        def router_of(question: Question, prompt: Prompt) -> Router:
             if prompt.ids not in weights:
                 ids = torch.tensor([prompt.ids], device=bench.model.device)
-                weights[prompt.ids] = centroid.weights(bench.model, ids)[0]
-            return weights[prompt.ids]
+                weights[prompt.ids] = centroid.weights(bench.model, ids)
+            return PerRow(weights[prompt.ids])
 
-        def router_of(questions: Sequence[Question], prompts: Sequence[Prompt]) -> Router:
-            return PerRow(torch.stack([of(prompt) for prompt in prompts]))
-
-        if self._top_k == 1:  # few kinds of weights: rows of a kind can share a prefix
-
-            def router_of_one(questions: Sequence[Question], prompts: Sequence[Prompt]) -> Router:
-                return Single(bench.model.experts[int(of(prompts[0]).argmax())])
-
-            yield _ModelReady(bench, bench.model, router_of_one, lambda _, prompt: int(of(prompt).argmax()))
-        else:
-            yield _ModelReady(bench, bench.model, router_of, alike=False)
+        yield _ModelReady(bench, bench.model, router_of)
 
 
 # --- other adapters on the same base, and other models ---
@@ -332,13 +308,9 @@ class OneAdapter(System):
     @contextmanager
     def ready(self, bench: Bench) -> Iterator[Ready]:
         adapter = self._make(bench)
-        with bench.model.plain_base() as base:
-            model = XLoraForCausalLM.from_experts(base, {"adapter": adapter})
-            try:
-                router = Single("adapter")
-                yield _ModelReady(bench, model, lambda *_: router)
-            finally:
-                model.unload()
+        model = XLoraForCausalLM.from_experts(bench.model.plain_base(), {"adapter": adapter})
+        router = Single("adapter")
+        yield _ModelReady(bench, model, lambda *_: router)
 
 
 @final
@@ -361,7 +333,8 @@ class OtherModel(System):
     def ready(self, bench: Bench) -> Iterator[Ready]:
         model = XLoraForCausalLM.from_pretrained(self._folder, base=bench.base, dtype=bench.model.base.dtype)
         check_alike(bench, self._folder, model)
-        yield _ModelReady(bench, model.to(bench.model.device))
+        head = XLora()
+        yield _ModelReady(bench, model.to(bench.model.device), lambda *_: head, as_they_are=False)
 
 
 def collapsed(bench: Bench) -> Expert:
@@ -372,9 +345,7 @@ def collapsed(bench: Bench) -> Expert:
 
 def merged(bench: Bench, method: Method) -> Expert:
     """The model's experts as one, through PEFT."""
-    experts = experts_of(bench.model)
-    with bench.model.plain_base() as base:
-        return merge_experts(base, experts, method)
+    return merge_experts(bench.model.plain_base(), experts_of(bench.model), method)
 
 
 def fitting_method(model: XLoraForCausalLM, method: Method) -> Method:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from xloom.errors import ConfigError, names
 from xloom.routers.factors import TokenIds, check_softmax, softmax_of_top
-from xloom.routers.given import PerRow, check_known
+from xloom.routers.given import PerRow
+from xloom.routers.routing import check_known
 
 if TYPE_CHECKING:
     from xloom.passes import TwoPassModel
@@ -101,7 +102,7 @@ class Centroid:
         return softmax_of_top(cosine_BN, self.temperature, self.top_k)
 
     def router(self, model: "TwoPassModel", input_ids: Tensor, attention_mask: Tensor | None = None) -> PerRow:
-        """`with model.routing(centroid.router(model, ids, mask)): model.generate(ids, attention_mask=mask)`."""
+        """`model.generate(ids, attention_mask=mask, routing=centroid.router(model, ids, mask))`."""
         return PerRow(self.weights(model, input_ids, attention_mask))
 
 
@@ -117,8 +118,8 @@ def _hidden(model: "TwoPassModel", input_ids: Tensor, attention_mask: Tensor | N
     given: dict[str, Any] = {}
     if attention_mask is not None:
         given = {"attention_mask": attention_mask, **model.positions(attention_mask)}
-    with torch.no_grad(), model.plain_base() as base:
-        out = base.base_model(input_ids, use_cache=False, output_hidden_states=True, **given)
+    with torch.no_grad():  # no call runs: the base alone
+        out = model.base.base_model(input_ids, use_cache=False, output_hidden_states=True, **given)
     count = len(out.hidden_states)
     if not -count <= layer < count:
         raise ConfigError(f"layer: expected {-count} to {count - 1}, found {layer}")

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from xloom.errors import ConfigError, ScalingsShapeError, names
 from xloom.experts import LowRank
 from xloom.gating import top_k_mask
-from xloom.routers.given import check_known
-from xloom.site import Router, Site
+from xloom.routers.routing import Routing, SiteRouter, check_known
+from xloom.site import Site
 
 if TYPE_CHECKING:
     from xloom.passes import TwoPassModel
@@ -47,7 +47,7 @@ class _PerSite(Generic[Made]):
         return kept[1]
 
 
-class _ByScore(Router):
+class _ByScore(SiteRouter):
     """softmax(scores / temperature) over the experts that adapt the site, the others 0.
 
     Args:
@@ -201,16 +201,16 @@ class NormStatistics:
             groups = [([float(n == name) for n in model.experts], some) for name, some in texts.items()]
         else:
             groups = [([1.0] * len(model.experts), texts)]
-        with torch.no_grad(), model.routing(meter):
+        with torch.no_grad():
             for weights, some in groups:
                 meter.whose_N = torch.tensor(weights, dtype=torch.float64, device=model.device)
                 for ids in some:
-                    model(torch.as_tensor(ids, device=model.device).view(1, -1), use_cache=False)
+                    model(torch.as_tensor(ids, device=model.device).view(1, -1), use_cache=False, routing=meter)
         return cls(*meter.statistics(model.experts))
 
 
 @final
-class _NormMeter(Router):
+class _NormMeter(SiteRouter):
     """Adds nothing; counts what the norms are. `whose_N` is 1 for the experts that the texts belong to."""
 
     def __init__(self, sites: int, experts: int, device: torch.device) -> None:
@@ -270,12 +270,16 @@ class SpectR(_ByScore):
         """With statistics measured on sample texts; arguments and errors as `NormStatistics.of`."""
         return cls(temperature=temperature, top_k=top_k, statistics=NormStatistics.of(model, texts))
 
+    def routing(self, experts: Sequence[str], sites: Sequence[str]) -> Routing:
+        if self.statistics is not None:
+            expected, found = (len(sites), len(experts)), tuple(self.statistics.mean_SN.shape)
+            if found != expected:
+                raise ScalingsShapeError(f"statistics of {found} sites and experts, the model has {expected}")
+        return super().routing(experts, sites)
+
     def scores(self, site: Site, x: Tensor) -> Tensor | None:
         norms = self._norms(site, x)
         if self.statistics is None:
             return norms
-        expected, found = (len(site.mixture.sites), site.num_experts), tuple(self.statistics.mean_SN.shape)
-        if found != expected:
-            raise ScalingsShapeError(f"statistics of {found} sites and experts, the model has {expected}")
         mean_N, std_N = (t[site.index].to(norms) for t in (self.statistics.mean_SN, self.statistics.std_SN))
         return (norms - mean_N) / std_N

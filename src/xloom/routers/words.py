@@ -15,9 +15,9 @@ from functools import partial
 
 from xloom.errors import ConfigError, names, near
 from xloom.routers.factors import Arrow, SpectR
-from xloom.routers.given import BaseOnly, Fixed, Single, Uniform, check_known
+from xloom.routers.given import BaseOnly, Fixed, Single, Uniform
 from xloom.routers.head import XLora
-from xloom.site import Router
+from xloom.routers.routing import Router, check_known
 
 HEAD = "xlora"  # the model's own head
 _TOP = re.compile(r"top([1-9]\d*)")

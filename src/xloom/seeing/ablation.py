@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xloom.decoding.batch import Request, in_batches, write
 from xloom.errors import DataError
 from xloom.model import XLoraForCausalLM
 from xloom.routers import BaseOnly, Router, XLora
 from xloom.seeing.intervals import RESAMPLES, bootstrap
 from xloom.seeing.tracing import MAX_NEW_TOKENS, room_after
-from xloom.training.base import pad_id
 from xloom.training.data import Example, collate, tokenise_all
 from xloom.training.objective import IGNORED, token_losses
 from xloom.training.rows import Row
@@ -170,13 +170,15 @@ def _forwards(
     model: XLoraForCausalLM, examples: Sequence[Example], variants: Sequence[Variant], batch_tokens: int
 ) -> Iterator[tuple[int, list[int], Tensor, Tensor]]:
     """Every variant on every batch: its place, those of the rows, logits [B, K, V] and labels [B, K] of the answers."""
-    for places in batches([len(example.input_ids) for example in examples], batch_tokens):
+    lengths = [len(example.input_ids) for example in examples]
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    for places in in_batches(order, lengths, batch_tokens):
         batch = collate([examples[i] for i in places], pad_id=0)
         inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask", "position_ids")}
         states_BTD = model.compute_head_states(inputs["input_ids"], inputs["attention_mask"])
         for q, variant in enumerate(variants):
-            with model.routing(variant.router()):
-                out = model(**inputs, head_states=states_BTD, logits_to_keep=batch["keep"], use_cache=False)
+            asked = {"head_states": states_BTD, "logits_to_keep": batch["keep"], "use_cache": False}
+            out = model(**inputs, **asked, routing=variant.router())
             yield q, places, out.logits, batch["labels"].to(model.device)
 
 
@@ -192,33 +194,13 @@ class _Greedy:
     def answers(self, examples: Sequence[Example], variant: Variant) -> list[Example]:
         """The examples' prompts with what the variant writes after them, an end token among it."""
         prompts = [example.input_ids[: example.completion_start] for example in examples]
-        out: dict[int, Example] = {}
-        for places in batches([len(ids) + self._new for ids in prompts], self._batch_tokens):
-            width = max(len(prompts[i]) for i in places)
-            batch = collate([Example(prompts[i], len(prompts[i])) for i in places], pad_id=0)
-            inputs = {key: batch[key].to(self._model.device) for key in ("input_ids", "attention_mask")}
-            with self._model.routing(variant.router()):
-                found = self._model.generate(
-                    **inputs, max_new_tokens=self._new, do_sample=False, temperature=None, top_p=None, top_k=None,
-                    eos_token_id=self._ends or None, pad_token_id=pad_id(self._tokenizer),
-                )  # fmt: skip
-            for i, ids in zip(places, found[:, width:].tolist(), strict=True):
-                end = next((at + 1 for at, token in enumerate(ids) if token in self._ends), len(ids))
-                out[i] = Example((*prompts[i], *ids[:end]), len(prompts[i]))
-        return [out[i] for i in range(len(examples))]
+        routing, options = self._model.routing_of(variant.router()), {"eos_token_id": self._ends or None}
+        requests = [Request(ids, self._new, routing, options=options) for ids in prompts]
+        written: list[list[int]] = [[] for _ in prompts]
+        for place, step, _ in write(self._model, None, requests, batch_tokens=self._batch_tokens):
+            written[place].append(step.token_id)
+        return [Example((*ids, *more), len(ids)) for ids, more in zip(prompts, written, strict=True)]
 
     def texts(self, examples: Sequence[Example]) -> list[str]:
         answers = [example.input_ids[example.completion_start :] for example in examples]
         return [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
-
-
-def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Places of rows of similar length, whose number times the longest of them stays within `batch_tokens`."""
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if batch and lengths[i] * (len(batch) + 1) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch

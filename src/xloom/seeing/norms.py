@@ -2,13 +2,13 @@
 
     relative_n = |s_n * scale_n * B_n A_n x| / |W x|        W x: all that the base module gives, its bias too
 
-A large scaling of a small delta means little. Recorded in a forward by hooks that are there for that forward alone.
+A large scaling of a small delta means little. Recorded by an observer that travels with the call.
 Knows nothing of traces' files or statistics.
 Letters: T tokens of a text  M tokens of a batch, row after row  S sites  N experts
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from xloom.cache import new_cache
 from xloom.model import XLoraForCausalLM
+from xloom.routers import Routed
 from xloom.site import Site
 
 READ_AT_ONCE = 256  # tokens of a forward
@@ -34,14 +35,17 @@ class Contributions(NamedTuple):
 
 
 @torch.no_grad()
-def contributions(model: XLoraForCausalLM, token_ids: Sequence[int] | Tensor) -> Contributions:
-    """Of a text, token by token, under the router in charge.
+def contributions(
+    model: XLoraForCausalLM, token_ids: Sequence[int] | Tensor, *, routing: Routed | None = None
+) -> Contributions:
+    """Of a text, token by token.
 
     As in a trace, a token stands with what it was written with: that of the place before it.
     `contributions(model, trace.tokens.ids)` goes with `trace.scalings`.
 
     Args:
         token_ids: [T], at least one.
+        routing: who decides; None: as in the `with model.routing(...)` around, or the head.
     """
     ids_1T = torch.as_tensor(token_ids, device=model.device)[None]
     cache = new_cache(model.config)
@@ -50,7 +54,7 @@ def contributions(model: XLoraForCausalLM, token_ids: Sequence[int] | Tensor) ->
     for start in range(0, ids_1T.shape[1] - 1, READ_AT_ONCE):
         stop = min(start + READ_AT_ONCE, ids_1T.shape[1] - 1)
         with recording_contributions(model) as record:
-            model(ids_1T[:, start:stop], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(ids_1T[:, start:stop], past_key_values=cache, use_cache=True, logits_to_keep=1, routing=routing)
         relative.append(record.relative_MSN)
         total.append(record.total_MS)
     return Contributions(torch.cat(relative), torch.cat(total))
@@ -91,23 +95,20 @@ def recording_contributions(model: XLoraForCausalLM) -> Iterator[Record]:
     """
     record = Record(len(model.sites))
 
-    def after(site: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        if site.mixture.router is not None:  # there is none in the scaling pass
-            record.put(site, *_norms(site, args, kwargs))
+    def observe(site: Site, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        record.put(site, *_norms(site, x, args, kwargs))
 
-    with ExitStack() as stack:
-        for site in model.mixture.sites:
-            stack.callback(site.register_forward_hook(after, with_kwargs=True).remove)
+    with model.observing_sites(observe):
         yield record
 
 
 @torch.no_grad()
-def _norms(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _norms(site: Site, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Relative norms of what each expert adds [M, N], and all together [M]."""
-    x = args[0]
-    y: Tensor = site.base(*args, **kwargs)
+    y: Tensor = site.base(x, *args, **kwargs)
     base_M: Tensor = y.flatten(0, -2).norm(dim=-1).clamp(min=torch.finfo(y.dtype).tiny)
-    scalings = site.mixture.scalings(site, x)
+    call = site.current.call
+    scalings = None if call is None else call.scalings(site, x)
     if scalings is None:
         return base_M.new_zeros(len(base_M), site.num_experts), base_M.new_zeros(len(base_M))
 

@@ -17,7 +17,7 @@ from xloom.cache import new_cache
 from xloom.decoding.stream import Detokenizer, Step
 from xloom.errors import PromptError
 from xloom.model import XLoraForCausalLM
-from xloom.routers import Router
+from xloom.routers import Routed, Router, Routing
 from xloom.seeing.prompts import Chat, Message, Piece, encode_prompt
 from xloom.trace import About, Tokens, Trace, TraceWriter
 from xloom.training.base import pad_id
@@ -37,6 +37,7 @@ def trace_text(
     max_new_tokens: int = MAX_NEW_TOKENS,
     folder: Path | str | None = None,
     metadata: Mapping[str, Any] | None = None,
+    routing: Routed | None = None,
     on_step: Callable[[Step], None] | None = None,
     **options: Any,
 ) -> Trace:
@@ -46,6 +47,7 @@ def trace_text(
         prompt: plain text as it stands, or messages for the chat template.
         folder: new or empty; the trace is written there while it is made, and not held in memory.
         metadata: anything that JSON knows, e.g. {"domain": "quantum"}.
+        routing: who decides, for the one row; None: as in the `with model.routing(...)` around, or the head.
         on_step: is called with what `model.stream` gives, as soon as it is written.
         options: as `model.stream` takes them (`do_sample`, `temperature`, `speculative`, ...); greedy by default.
 
@@ -58,8 +60,9 @@ def trace_text(
     else:
         chat = Chat(tokenizer, prompt)
         piece, turn, role = chat.piece, chat.turn, "assistant"
-    with _Sink(about(model, metadata), folder) as sink:
-        reader = Reader(model, tokenizer, sink)
+    routed = model.router if routing is None else routing
+    with _Sink(about(model, metadata, routed), folder) as sink:
+        reader = Reader(model, tokenizer, sink, routed)
         reader.read(piece)
         reader.write(turn, role, max_new_tokens, options, on_step)
     return sink.trace()
@@ -74,6 +77,7 @@ def trace_conversation(
     max_new_tokens: int = MAX_NEW_TOKENS,
     folder: Path | str | None = None,
     metadata: Mapping[str, Any] | None = None,
+    routing: Routed | None = None,
     **options: Any,
 ) -> Trace:
     """The trace of a conversation in one cache: the model answers each question before it sees the next one.
@@ -90,8 +94,9 @@ def trace_conversation(
         raise PromptError("expected questions, found none")
     start = [] if system is None else [{"role": "system", "content": system}]
     chat = Chat(tokenizer, [*start, {"role": "user", "content": questions[0]}])
-    with _Sink(about(model, metadata), folder) as sink:
-        reader = Reader(model, tokenizer, sink)
+    routed = model.router if routing is None else routing
+    with _Sink(about(model, metadata, routed), folder) as sink:
+        reader = Reader(model, tokenizer, sink, routed)
         for number, _ in enumerate(questions):
             reader.read(chat.piece)
             ids = reader.write(chat.turn, "assistant", max_new_tokens, options)
@@ -107,6 +112,7 @@ def trace_rows(
     rows: Iterable[Row],
     *,
     metadata: Mapping[str, Any] | None = None,
+    routing: Routed | None = None,
 ) -> Iterator[Trace]:
     """The trace of each row as it is given, prompt and completion: what the mixing is on text that is known.
 
@@ -115,29 +121,44 @@ def trace_rows(
     Raises:
         DataError: a row is wrong. PromptError: longer than the model's window, or a tokenizer without what it takes.
     """
-    rows = list(rows)
+    rows, routed = list(rows), model.router if routing is None else routing
     for row, (ids, start) in zip(rows, tokenise_all(rows, tokenizer), strict=True):
         chat = None if isinstance(row.prompt, str) else Chat(tokenizer, row.prompt)
         turn, role = (1, "text") if chat is None else (chat.turn, "assistant")
         piece = encode_prompt(tokenizer, row.prompt) if chat is None else chat.piece
         if piece.ids != ids[:start]:
             piece = Piece((), (), ()).followed_by(ids[:start], 0, "text")
-        with _Sink(about(model, {"where": row.where, **(metadata or {})}), None) as sink:
-            Reader(model, tokenizer, sink).read(piece.followed_by(ids[start:], turn, role), answer=len(ids) - start)
+        with _Sink(about(model, {"where": row.where, **(metadata or {})}, routed), None) as sink:
+            Reader(model, tokenizer, sink, routed).read(
+                piece.followed_by(ids[start:], turn, role), answer=len(ids) - start
+            )
         yield sink.trace()
 
 
-def about(model: XLoraForCausalLM, metadata: Mapping[str, Any] | None = None) -> About:
-    """What a trace tells of its model and of the router in charge."""
+def about(model: XLoraForCausalLM, metadata: Mapping[str, Any] | None = None, routed: Routed | None = None) -> About:
+    """What a trace tells of its model, and of who decides."""
     config = json.loads(model.config.to_json_string(use_diff=False))
     for axis in ("sites", "experts"):
         config.pop(axis, None)
     name = str(model.name_or_path or model.config.base_model_name_or_path or "")
-    return About(model.sites, model.experts, name, _described(model.router), config, dict(metadata or {}))
+    return About(
+        model.sites,
+        model.experts,
+        name,
+        _described(model.router if routed is None else routed),
+        config,
+        dict(metadata or {}),
+    )
 
 
-def _described(router: Router) -> str:
+def _described(router: Routed) -> str:
     """`XLora(without=('chem',))`: its kind and such of its settings as can be said in a word."""
+    if isinstance(router, Routing):
+        return ", ".join(dict.fromkeys(_in_words(line.decider) for line in router.lines))
+    return _in_words(router) if isinstance(router, Router) else ", ".join(map(_described, router))
+
+
+def _in_words(router: object) -> str:
     said = {key: value for key, value in vars(router).items() if not key.startswith("_") and value}
     words = [f"{key}={value!r}" for key, value in said.items() if isinstance(value, (str, int, float, tuple, dict))]
     return type(router).__name__ + (f"({', '.join(words)})" if words else "")
@@ -148,10 +169,12 @@ class Reader:
 
     Args:
         sink: takes every token once, in order, with `add(tokens, scalings_TSN)`.
+        routed: who decides.
     """
 
-    def __init__(self, model: XLoraForCausalLM, tokenizer: Any, sink: "_Sink") -> None:
+    def __init__(self, model: XLoraForCausalLM, tokenizer: Any, sink: "_Sink", routed: Routed) -> None:
         self._model, self._tokenizer, self._sink = model, tokenizer, sink
+        self._routing = model.routing_of(routed)
         self._cache = new_cache(model.config)
         self._ids: list[int] = []
         self._detokenizer = Detokenizer(tokenizer)
@@ -174,7 +197,7 @@ class Reader:
         while (start := int(self._cache.get_seq_length())) < len(whole) - 1:
             stop = min(start + READ_AT_ONCE, len(whole) - 1)
             ids = torch.tensor(whole[start : stop + 1], device=self._model.device)
-            out = self._model(ids[None, :-1], past_key_values=self._cache, use_cache=True)
+            out = self._model(ids[None, :-1], past_key_values=self._cache, use_cache=True, routing=self._routing)
             logprobs = out.logits[0].float().log_softmax(dim=-1).gather(-1, ids[1:, None])[:, 0].cpu()
             new = slice(start + 1 - before, stop + 1 - before)
             self._add(ids[1:].tolist(), logprobs, out.scalings[0], answers[new], piece.turns[new], piece.roles[new])
@@ -196,6 +219,7 @@ class Reader:
         room = room_after(model, start, max_new_tokens)
         ids = torch.tensor([self._ids], device=model.device)
         given: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "pad_token_id": pad_id(self._tokenizer)}
+        given["routing"] = self._routing
         given |= options if options.get("do_sample") else {**_GREEDY, **options}
         for step in model.stream(ids, self._tokenizer, past_key_values=self._cache, max_new_tokens=room, **given):
             self._ids.append(step.token_id)

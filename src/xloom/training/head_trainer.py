@@ -9,14 +9,13 @@ Letters: B batch  T tokens  S sites  N experts  C columns of the head  K kept po
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from xloom.config import XLoraConfig
 from xloom.model import XLoraForCausalLM
-from xloom.routers import HiddenStateRouter, Precomputed, XLora
+from xloom.routers import Precomputed, Routing, XLora
 from xloom.training import processes
 from xloom.training.data import Example, Examples, plan_batches
 from xloom.training.loop import CompletionTrainer, Settings, loss_names
@@ -32,26 +31,6 @@ _SAMPLE = 256  # rows that the head's statistics are taken from
 _USE, _ENTROPY = "use/", "entropy/"  # of the names of what validation observes
 _POOL = 4  # batches sorted by length together: with more, batches of one domain alone pull the gate to and fro
 _ARROW_SAMPLE = 64  # rows that a head is fitted to Arrow on
-
-
-@final
-class Watched(HiddenStateRouter):
-    """The head's own routing, with its distribution over the columns before top-k kept at hand.
-
-    `heat` divides the logits beside the config's own temperature.
-    """
-
-    def __init__(self) -> None:
-        self.heat = 1.0
-        self.shares_BTSC: Tensor | None = None
-
-    def decide(self, logits_BTSC: Tensor, config: XLoraConfig, experts: Sequence[str]) -> Tensor:
-        logits_BTSC = logits_BTSC / self.heat if self.heat != 1.0 else logits_BTSC
-        self.shares_BTSC = torch.softmax(logits_BTSC / config.softmax_temperature, dim=-1)
-        return XLora().decide(logits_BTSC, config, experts)
-
-    def most(self, config: XLoraConfig) -> int | None:
-        return config.top_k_lora
 
 
 class HeadTrainer(CompletionTrainer):
@@ -82,7 +61,7 @@ class HeadTrainer(CompletionTrainer):
         self.states: HeadStates | None = None
         self.references: dict[str, dict[str, float]] = {}
         self.soft: dict[tuple[tuple[int, ...], int], Tensor] = {}
-        self._router = Watched()
+        self._heat = 1.0  # divides the logits beside the config's own temperature
         super().__init__(model, settings, train.items, valid.items, **rest)
         self.model.config.__dict__.pop("use_cache", None)  # Trainer writes its own there, which would be saved
 
@@ -207,28 +186,34 @@ class HeadTrainer(CompletionTrainer):
             "domain": torch.tensor([self.domains.index(e.domain or "") for e in examples]),
         }
 
+    @property
+    def _temperature(self) -> float:
+        return float(self.model.config.softmax_temperature * self._heat)
+
+    @property
+    def _routing(self) -> Routing:
+        return self.model.routing_of(XLora(temperature=self._temperature))
+
     def outputs(self, model: nn.Module, batch: dict[str, Any]) -> Any:
         if batch["shared"] and "head_states" in batch:
             return self._shared_outputs(batch)
         kept = ("input_ids", "attention_mask", "position_ids", "head_states")
         inputs = {key: batch[key] for key in kept if key in batch}
-        with self.model.routing(self._router):
-            return model(**inputs, logits_to_keep=batch["keep"], use_cache=False)
+        asked = {"logits_to_keep": batch["keep"], "use_cache": False, "output_head_logits": True}
+        return model(**inputs, **asked, routing=self._routing)
 
     def _shared_outputs(self, batch: dict[str, Any]) -> Any:
         """The same with the rows' common beginning computed once: the head decides on whole rows first."""
         mask_BT = batch["attention_mask"]
-        with self.model.routing(self._router):
-            scalings_BTSN = self.model.decide(batch["head_states"], mask_BT)
+        decided = self.model.decide(batch["head_states"], mask_BT, routing=self._routing)
         longest = longest_row(mask_BT)
 
         def forward(tokens: slice, inputs: dict[str, Any]) -> Any:
             rows = slice(longest, longest + 1) if tokens.start == 0 else slice(None)
-            with self.model.routing(Precomputed(scalings_BTSN[rows, tokens])):
-                return self.model(**inputs, use_cache=True)
+            return self.model(**inputs, use_cache=True, routing=Precomputed(decided.scalings_BTSN[rows, tokens]))
 
         out = shared_outputs(forward, batch, self.model.config)
-        out.scalings = scalings_BTSN
+        out.scalings, out.head_logits = decided.scalings_BTSN, decided.logits_BTSC
         return out
 
     def counts(self, batch: dict[str, Any]) -> dict[str, float]:
@@ -238,8 +223,7 @@ class HeadTrainer(CompletionTrainer):
     def terms(self, out: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
         terms = super().terms(out, batch)
         recipe, totals, mask_BT = self.recipe, self.step_totals, batch["attention_mask"]
-        assert self._router.shares_BTSC is not None
-        shares_BTSC = self._router.shares_BTSC
+        shares_BTSC = torch.softmax(out.head_logits / self._temperature, dim=-1)
         if recipe.routing_weight:
             losses = routing_losses(shares_BTSC, mask_BT, batch["row_targets"], batch["token_targets"])
             terms["routing"] = recipe.routing_weight * losses / totals["targets"]
@@ -255,12 +239,12 @@ class HeadTrainer(CompletionTrainer):
         last = self.model.config.softmax_temperature
         first = self.recipe.start_temperature or last
         left = 1 - self.state.global_step / max(1, self.args.max_steps - 1)
-        self._router.heat = float((first / last) ** max(0.0, left))
+        self._heat = float((first / last) ** max(0.0, left))
         try:
             loss: Tensor = super().training_step(*args, **kwargs)
             return loss
         finally:
-            self._router.heat = 1.0
+            self._heat = 1.0
 
     # --- validation ---
 

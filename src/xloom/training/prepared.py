@@ -39,8 +39,8 @@ def base_fingerprint(model: XLoraForCausalLM) -> str:
     settings = model.base.config.to_dict()
     told = {k: v for k, v in settings.items() if not k.startswith("_") and k not in _NO_MATTER}
     found.update(json.dumps(told, sort_keys=True, default=str).encode())
-    with model.plain_base() as base:
-        tensors = [*base.named_parameters(), *base.named_buffers()]
+    base = model.plain_base()
+    tensors = [*base.named_parameters(), *base.named_buffers()]
     for name, tensor in tensors:
         flat = tensor.detach().reshape(-1)
         values = flat.double() if not flat.is_complex() else torch.view_as_real(flat).double()
@@ -150,13 +150,14 @@ class ExpertLosses:
         special: dict[str, Router] = {BASE: BaseOnly(), UNIFORM: Uniform()}
         router = special.get(name) or Single(name)
         for rows, batch in _batches(self.store, examples, lambda e: self._key(e, name), batch_size, pad_id, self.model):
-            with torch.no_grad(), self.model.routing(router):
+            with torch.no_grad():
                 logits_BKV = self.model(
                     batch["input_ids"],
                     attention_mask=batch["attention_mask"],
                     position_ids=batch["position_ids"],
                     logits_to_keep=batch["keep"],
                     use_cache=False,
+                    routing=router,
                 ).logits
             losses_BK = token_losses(logits_BKV, batch["labels"])
             for row, losses_K in zip(rows, losses_BK, strict=True):

@@ -57,8 +57,8 @@ def fit_to_arrow(model: XLoraForCausalLM, examples: Sequence[Example], pad_id: i
     for start in range(0, len(examples), batch_size):
         batch = collate(examples[start : start + batch_size], pad_id)
         ids, mask = (batch[key].to(model.device) for key in ("input_ids", "attention_mask"))
-        with model.routing(Arrow()):
-            arrow_BTSN = model(ids, attention_mask=mask, use_cache=False, **model.positions(mask)).scalings
+        inputs = {"attention_mask": mask, "use_cache": False, **model.positions(mask)}
+        arrow_BTSN = model(ids, routing=Arrow(), **inputs).scalings
         states_BTD = model.compute_head_states(ids, mask)
         features_BTF, _ = head.features(states_BTD, mask.bool(), [None] * len(config.pools))
         features.append(head.before_last(features_BTF)[mask.bool()].double())

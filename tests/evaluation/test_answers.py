@@ -4,12 +4,11 @@ import copy
 
 import pytest
 import torch
+from xloom.evaluation.decoding import Prompt, can_share_prefix, common_prefix, end_tokens, losses
 
 from tiny import ARCHITECTURES, make_expert, prompt, tiny_base
 from toy import tiny_tokenizer
 from xloom import XLoraForCausalLM
-from xloom.evaluation import decoding
-from xloom.evaluation.decoding import Prompt, can_share_prefix, common_prefix, decode, end_tokens, losses
 from xloom.routers import BaseOnly, Fixed, PerRow, Single, Uniform
 
 HEADS = (
@@ -27,23 +26,24 @@ def model(llama, expert_paths):
     return XLoraForCausalLM.from_experts(llama, expert_paths, layerwise_scalings=True)
 
 
-def all_answers(model, prompts=PROMPTS, **options):
+def all_answers(model, prompts=PROMPTS, routers=None, **options):
     found = {}
-    for batch in decode(model, tiny_tokenizer(), prompts, **options):
-        assert not found.keys() & batch.keys()
-        found |= batch
+    routings = None if routers is None else [model.routing_of(router) for router in routers]
+    for some in answers(model, tiny_tokenizer(), prompts, routings, **options):
+        assert not found.keys() & some.keys()
+        found |= some
     return [found[i] for i in range(len(prompts))]
 
 
-def one_by_one(model, prompts=PROMPTS, router_of=None):
+def one_by_one(model, prompts=PROMPTS, routers=None):
     """Slow and obvious: generate, each prompt alone, without a shared prefix."""
     out = []
     tokenizer = tiny_tokenizer()
     for i, p in enumerate(prompts):
-        with model.routing(router_of([i]) if router_of else model.router), model.logging_scalings() as log:
+        with model.routing(routers[i] if routers else model.router), model.logging_scalings() as log:
             done = model.generate(
                 torch.tensor([p.ids]), max_new_tokens=p.max_new_tokens, do_sample=False, pad_token_id=0,
-                eos_token_id=sorted(end_tokens(model, tokenizer)),
+                eos_token_id=end_tokens(model, tokenizer),
             )  # fmt: skip
         new = done[0, len(p.ids) :]
         weights = log.tokens()[0, len(p.ids) - 1 :].mean(dim=(0, 1)).tolist()
@@ -77,14 +77,14 @@ def test_logits_with_a_shared_prefix_are_the_plain_ones(kind, tmp_path, monkeypa
     experts = {n: make_expert(base, tmp_path / n, i, r=2, target_modules="all-linear") for i, n in enumerate("ab")}
     model = XLoraForCausalLM.from_experts(copy.deepcopy(base), experts, layerwise_scalings=True)
     seen = []
-    plain = decoding._forward
+    plain = batch._forward
 
-    def spy(*args):
-        read = plain(*args)
-        seen.append((args[1].shape, read.logits_BTV[:, -1].clone()))
-        return read
+    def spy(model, ids, *args):
+        out = plain(model, ids, *args)
+        seen.append((ids.shape, out.logits[:, -1].clone()))
+        return out
 
-    monkeypatch.setattr(decoding, "_forward", spy)
+    monkeypatch.setattr(batch, "_forward", spy)
     found = {}
     for share in (True, False):
         seen.clear()
@@ -102,30 +102,19 @@ def test_logits_with_a_shared_prefix_are_the_plain_ones(kind, tmp_path, monkeypa
 
 def test_rows_with_routers_of_their_own(model):
     weights = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0.5, 0.5, 0], [0, 0, 0], [0.2, 0.3, 0.4]])
-
-    def router_of(places):
-        return PerRow(weights[list(places)])
-
-    expected = one_by_one(model, router_of=router_of)
-    same(all_answers(model, router_of=router_of, share_prefix=False), expected)
-    found = all_answers(model, router_of=router_of, share_prefix=False)
+    of_rows = [PerRow(row[None]) for row in weights]
+    found = all_answers(model, routers=of_rows)
+    same(found, one_by_one(model, routers=of_rows))
     for answer, row in zip(found, weights, strict=True):
         assert answer.weights == pytest.approx(row.tolist())
 
 
-def test_groups_keep_prefixes_apart(model):
-    """With one prefix for two routers, the second group would read the first one's cache."""
-    routers = {"a": Single("mech"), "b": Fixed({"chem": 1.0, "prot": -1.0})}
-    prompts = [Prompt(p.ids, p.max_new_tokens, "ab"[i % 2]) for i, p in enumerate(PROMPTS)]
-
-    def router_of(places):
-        assert len({prompts[i].group for i in places}) == 1
-        return routers[prompts[places[0]].group]
-
-    same(all_answers(model, prompts, router_of=router_of), one_by_one(model, prompts, router_of))
-    assert [a.text for a in all_answers(model, router_of=lambda places: routers["a"])] != [
-        a.text for a in all_answers(model, prompts, router_of=router_of)
-    ]
+def test_kinds_of_routing_have_prefixes_of_their_own(model):
+    """With one prefix for two routers, the second would read the first one's cache."""
+    of_rows = [(Single("mech"), Fixed({"chem": 1.0, "prot": -1.0}), XLora())[i % 3] for i in range(len(PROMPTS))]
+    found = all_answers(model, routers=of_rows)
+    same(found, one_by_one(model, routers=of_rows))
+    assert [a.text for a in all_answers(model, routers=of_rows[:1] * len(PROMPTS))] != [a.text for a in found]
 
 
 def test_an_answer_ends_at_the_end_token(model):
@@ -153,25 +142,22 @@ def test_an_answer_ends_at_a_text(model):
     """What stands before the text is the same as without; nothing after it is written."""
     whole = all_answers(model, [Prompt(p.ids, 12) for p in PROMPTS])
     stops = [answer.text[4] for answer in whole]
-    found = all_answers(model, [Prompt(p.ids, 12, None, stop) for p, stop in zip(PROMPTS, stops, strict=True)])
+    found = all_answers(model, [Prompt(p.ids, 12, stop) for p, stop in zip(PROMPTS, stops, strict=True)])
     for answer, stop, full in zip(found, stops, whole, strict=True):
         assert answer.text == full.text.partition(stop)[0].rstrip()
         assert answer.tokens < 12
         assert not answer.cut
         assert full.cut
-    never = all_answers(model, [Prompt(p.ids, 12, None, "no such text") for p in PROMPTS])
+    never = all_answers(model, [Prompt(p.ids, 12, "no such text") for p in PROMPTS])
     assert [(a.text, a.cut) for a in never] == [(a.text, a.cut) for a in whole]
 
 
 def test_blanks_before_an_answer_do_not_end_it():
-    class Words:
-        def decode(self, tokens, skip_special_tokens):
-            return "".join(tokens)
-
-    assert not decoding._stopped(Words(), ["\n", "\n"], "\n\n")
-    assert not decoding._stopped(Words(), ["\n", "\n", "a", "\n"], "\n\n")
-    assert decoding._stopped(Words(), ["\n", "\n", "a", "\n", "\n"], "\n\n")
-    assert decoding._until("\n\na\n\nb", "\n\n") == "a"
+    asked = Prompt((1,), 9, "\n\n")
+    assert not asked.is_over("\n\n")
+    assert not asked.is_over("\n\na\n")
+    assert asked.is_over("\n\na\n\n")
+    assert asked.answer("\n\na\n\nb") == "a"
 
 
 @pytest.mark.parametrize("router", [None, BaseOnly(), Uniform()], ids=["xlora", "base", "uniform"])
@@ -183,9 +169,9 @@ def test_losses_are_those_of_the_rows_alone(model, router):
             logits = model(torch.tensor([ids])).logits[0]
             target = torch.tensor(ids[start:])
             expected.append(torch.nn.functional.cross_entropy(logits[start - 1 : -1], target).item())
-    router_of = None if router is None else lambda places: router
+    routings = None if router is None else [model.routing_of(router)] * len(rows)
     for tokens in (1, 40, 4000):
-        found = losses(model, tiny_tokenizer(), rows, router_of=router_of, batch_tokens=tokens)
+        found = losses(model, rows, routings, batch_tokens=tokens)
         assert found == pytest.approx(expected, rel=1e-4)
 
 
@@ -197,7 +183,7 @@ def test_common_prefix():
 
 
 def test_batches_stay_within_their_tokens():
-    cut = list(decoding._batches([4, 2, 0, 1, 3], [3, 5, 2, 9, 1], 6))
+    cut = list(in_batches([4, 2, 0, 1, 3], [3, 5, 2, 9, 1], 6))
     assert cut == [[4, 2], [0], [1], [3]]
     assert sorted(i for batch in cut for i in batch) == [0, 1, 2, 3, 4]
 

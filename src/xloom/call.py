@@ -1,0 +1,212 @@
+"""`Call`: what one pass through the base needs beside its inputs, read by the sites and gate layers it goes through.
+
+A pass is one thread's from its beginning to its end, so the call that runs is a matter of the thread: passes of several
+threads through one model know nothing of each other, and nothing of a model changes while one of them runs.
+
+    with mixture.current.running(Call().decided(scalings_BTSN)): base(input_ids)
+
+Knows nothing of where scalings come from, of caches, or of files.
+Letters: B batch  T tokens  D hidden size  S sites  N experts
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from xloom.errors import ConfigError, ScalingsShapeError
+from xloom.fused import RankWeights
+
+if TYPE_CHECKING:
+    from xloom.site import Site
+
+# of a site: what enters it, with its other arguments
+Observer = Callable[["Site", Tensor, tuple[Any, ...], dict[str, Any]], None]
+
+
+class Asked(NamedTuple):
+    """Whom the sites ask for scalings that are not known beforehand: of these rows, or of all."""
+
+    scalings: Callable[["Site", Tensor], Tensor | None]
+    rows: list[int] | None
+
+
+class Call:
+    """One pass through the base.
+
+    Attributes:
+        weights: the scalings of all sites, spread over their ranks, where that could be done at once.
+        asked: who gives scalings site by site; the rows that nobody is asked about have those that were decided.
+        answers: what was answered, by site index, before the global weight; detached.
+        observer: is told of every site that the pass goes through.
+        at_gate: is told of the hidden state [B, T, D] that enters the gate layer; what it gives back goes on instead.
+        first, stop: the decoder layers that run; the others hand on what they get. Gated models only.
+        in_tuples: whether they hand it on in a tuple, as the layers of this architecture do.
+        layer_outputs: where it is a list, gate layers add what kind of thing their layer gave.
+    """
+
+    def __init__(
+        self,
+        *,
+        observer: Observer | None = None,
+        at_gate: Callable[[Tensor], Tensor | None] | None = None,
+        first: int = 0,
+        stop: int | None = None,
+        in_tuples: bool = False,
+        layer_outputs: list[type] | None = None,
+    ) -> None:
+        self.observer, self.at_gate = observer, at_gate
+        self.first, self.stop, self.in_tuples, self.layer_outputs = first, stop, in_tuples, layer_outputs
+        self.weights: RankWeights | None = None
+        self.asked: Sequence[Asked] = ()
+        self.answers: dict[int, Tensor] = {}
+        self._by_site: Sequence[Tensor] | None = None
+        self._global_B: Sequence[float] = ()
+
+    def decided(
+        self,
+        scalings_BTSN: Tensor,
+        *,
+        global_B: Sequence[float] = (),
+        weights: RankWeights | None = None,
+        asked: Sequence[Asked] = (),
+    ) -> Self:
+        """From here on sites have these scalings; returns the call itself.
+
+        Args:
+            global_B: what all scalings of a row are multiplied by; one number for all rows; none for 1.
+            weights: the scalings times those, spread over ranks.
+            asked: who is asked by the sites, for the rows whose scalings here count for nothing.
+        """
+        self._shape = scalings_BTSN.shape
+        if not asked:
+            scalings_BTSN = times(scalings_BTSN, global_B)
+        # one stack in the backward pass, not a zero-filled tensor per site
+        self._by_site = scalings_BTSN.unbind(2)
+        self.weights, self.asked, self._global_B = weights, asked, global_B
+        return self
+
+    def scalings(self, site: "Site", x: Tensor) -> Tensor | None:
+        """Of one site [*leading, N], times the global weight; None for "add nothing".
+
+        Args:
+            x: what enters it: [*leading, I] with leading = B, T (or B*T where the base flattens its tokens); token ids
+                [B, T] at an embedding.
+
+        Raises:
+            ScalingsShapeError: a router's answer has another number of experts, or rows have routers of their own and
+                the base has rearranged its tokens.
+        """
+        if self._by_site is None:
+            return None
+        if not self.asked:
+            return self._by_site[site.index]
+        if self.asked[0].rows is None:
+            return self._asked_alike(self.asked[0], site, x)
+        return self._asked_by_row(self._by_site[site.index], site, x)
+
+    def _asked_alike(self, one: Asked, site: "Site", x: Tensor) -> Tensor | None:
+        answer = one.scalings(site, x)
+        if answer is None:
+            return None
+        self._check(site, answer)
+        self.answers[site.index] = answer.detach()
+        return times(answer, self._global_B)
+
+    def _asked_by_row(self, decided_BTN: Tensor, site: "Site", x: Tensor) -> Tensor:
+        tokens = self._shape[:2]
+        leading = x.shape if site.is_embedding else x.shape[:-1]
+        flat = leading == (tokens.numel(),)
+        if not flat and leading != tokens:
+            raise ScalingsShapeError(
+                f"site {site.name}: expected {tuple(tokens)} tokens, whose rows have routers of their own, found "
+                f"{tuple(leading)}"
+            )
+        x_BT = x.view(*tokens, *x.shape[1:]) if flat else x
+        answer_BTN = decided_BTN.to(site.A_RI.dtype, copy=True)
+        for one in self.asked:
+            answer = one.scalings(site, x_BT[one.rows])
+            if answer is not None:
+                self._check(site, answer)
+                answer_BTN[one.rows] = answer.to(answer_BTN.dtype)
+        self.answers[site.index] = answer_BTN.detach()
+        answer_BTN = times(answer_BTN, self._global_B)
+        return answer_BTN.flatten(0, 1) if flat else answer_BTN
+
+    def _check(self, site: "Site", answer: Tensor) -> None:
+        if answer.shape[-1] != self._shape[-1]:
+            raise ScalingsShapeError(
+                f"site {site.name}: {answer.shape[-1]} scalings per token for {self._shape[-1]} experts"
+            )
+
+
+def times(scalings: Tensor, global_B: Sequence[float]) -> Tensor:
+    """Scalings [B, ...] times a number for each row, or one for all; none counts as 1."""
+    if all(weight == 1.0 for weight in global_B):
+        return scalings
+    if len(global_B) == 1:
+        return scalings * global_B[0]
+    return scalings * scalings.new_tensor(global_B).view(-1, *[1] * (scalings.ndim - 1))
+
+
+class Current(threading.local):
+    """The call that runs in this thread, or None: then a base with sites is the base alone."""
+
+    call: Call | None = None
+
+    @contextmanager
+    def running(self, call: Call | None) -> Iterator[None]:
+        before, self.call = self.call, call
+        try:
+            yield
+        finally:
+            self.call = before
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return type(self)()  # no pass runs through a copy
+
+    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
+        return type(self), ()
+
+
+Value = TypeVar("Value")
+
+
+class Ambient(Generic[Value]):
+    """A value for the calls that are made inside a `with` block, in its thread and task alone."""
+
+    def __init__(self) -> None:
+        self._value: ContextVar[Value | None] = ContextVar("xloom", default=None)
+        self._here = _Blocks()
+
+    def get(self) -> Value | None:
+        """Raises ConfigError inside `torch.compile`, which cannot see it, if there is a block."""
+        if not torch.compiler.is_compiling():
+            return self._value.get()
+        if self._here.open:
+            raise ConfigError("a compiled forward cannot see a `with` block of the model: pass routing=... to the call")
+        return None
+
+    @contextmanager
+    def holding(self, value: Value | None) -> Iterator[None]:
+        before = self._value.set(value)
+        self._here.open += 1
+        try:
+            yield
+        finally:
+            self._here.open -= 1
+            self._value.reset(before)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return type(self)()
+
+    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
+        return type(self), ()
+
+
+class _Blocks(threading.local):
+    open = 0
