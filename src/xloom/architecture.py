@@ -34,6 +34,7 @@ from xloom.errors import (
     names,
 )
 from xloom.experts import Expert
+from xloom.modules import keep_as_stored
 from xloom.site import Site
 from xloom.suite.base_model import resolve_base
 
@@ -85,6 +86,7 @@ def load_base(
         with naming_base(where):
             model = _from_disk(where, options, kind)
     check_base(model, kind)
+    keep_as_stored(model)
     if where is not None and Path(where).is_dir():
         where = str(Path(where).resolve())
     return model, where

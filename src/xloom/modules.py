@@ -29,6 +29,18 @@ def dense_weight(module: nn.Module) -> Tensor:
         return (out_IO if bias is None else out_IO - bias.float()).T
 
 
+def keep_as_stored(model: nn.Module) -> None:
+    """bitsandbytes' 4-bit modules keep their weights in the form in which they are stored.
+
+    On a CPU with AVX512-BF16 (0.50.2: `functional.has_avx512bf16`) the first forward without gradients repacks them:
+    in place, so that two forwards at once spoil them; for sizes of whole blocks alone; and without a way back for the
+    gradient of a later step. What that costs is in docs/LOG.md.
+    """
+    for module in model.modules():
+        if "support_avx512bf16_for_cpu" in vars(module):
+            vars(module)["support_avx512bf16_for_cpu"] = False
+
+
 def check_fit(module: nn.Module, name: str, low: LowRank, who: str) -> None:
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         raise ConvolutionError(f"{who}: {name} is a convolution, which has no token axis to mix along")

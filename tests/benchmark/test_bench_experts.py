@@ -52,7 +52,7 @@ def test_what_runs(tmp_path, monkeypatch: pytest.MonkeyPatch):
         if self.name != "base":
             with torch.no_grad():
                 kept = (self.model(ids).scalings > 0).sum(-1)
-            seen[len(self.model.experts), self.model.config.top_k_lora] = set(kept.flatten().tolist())
+            seen[len(self.model.experts), self.model.router.top_k] = set(kept.flatten().tolist())
         return Decoded([1], 1.0, 0.5, 0.1)
 
     monkeypatch.setattr(System, "decode", decode)

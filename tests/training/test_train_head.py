@@ -16,6 +16,7 @@ from xloom import XLoraForCausalLM, routers
 from xloom.architecture import decoder_layers
 from xloom.errors import BaseMismatchError, CheckpointError, ConfigError, RecipeError
 from xloom.files import read_tensors, write_tensors
+from xloom.routers.routing import Head
 from xloom.training import head as training_head
 from xloom.training import head_trainer, objective, start
 from xloom.training.data import Example, collate, read_examples
@@ -294,14 +295,12 @@ def test_the_parts_add_up_to_the_loss(project: Path, experts: dict[str, str]) ->
 def test_the_softmax_cools_down_to_the_model_s_own_temperature(
     project: Path, experts: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heats: list[float] = []
-    decide = head_trainer.Watched.decide
-    monkeypatch.setattr(
-        head_trainer.Watched, "decide", lambda self, *args: (heats.append(self.heat), decide(self, *args))[1]
-    )
+    heats: list[float | None] = []
+    decide = Head.scalings
+    monkeypatch.setattr(Head, "scalings", lambda self, *args: (heats.append(self.temperature), decide(self, *args))[1])
     changes = {"start_temperature": 8.0, "head": {"softmax_temperature": 2.0}, "max_steps": 3, "valid": {}}
     train_head(head_recipe(project, experts, **changes), progress=False)
-    assert heats == pytest.approx([4.0, 2.0, 1.0])
+    assert heats == pytest.approx([8.0, 4.0, 2.0])
 
 
 def test_experts_learn_at_their_own_rate(project: Path, experts: dict[str, str]) -> None:
