@@ -103,6 +103,7 @@ class _Row:
             raise ConfigError("ids: expected at least one token, found none")
         options = {"attention_mask": torch.ones_like(ids_1T), "pad_token_id": 0, "do_sample": False, **request.options}
         text = prepared(model, ids_1T, routing, options | {"max_new_tokens": request.max_new_tokens})
+        text.check()
         self.number, self.request, self.line = number, request, routing.lines[0]
         self.ids, self.read, self.text = list(request.ids), len(request.ids), ""
         self._detokenizer = Detokenizer(tokenizer)

@@ -108,6 +108,29 @@ class Text:
     settings: GenerationConfig
     inputs: dict[str, Any]
 
+    def check(self) -> None:
+        """Raises ConfigError for batches, beams, no cache, no ids, attentions or hidden states in the output."""
+        settings, inputs = self.settings, self.inputs
+        gives = settings.return_dict_in_generate
+        no_cache = settings.use_cache is False or inputs.get("use_cache") is False
+        rows, beams = self.input_ids.shape[0], settings.num_beams or 1
+        for wrong, said in [
+            (beams != 1, f"this decoding is greedy or sampling: expected num_beams=1, found {beams}"),
+            (rows != 1, f"this decoding writes one text at a time: expected 1 row, found {rows}"),
+            (
+                inputs.get("inputs_embeds") is not None,
+                "this decoding reads ids: expected input_ids, found inputs_embeds",
+            ),
+            (no_cache, "this decoding needs a cache: expected use_cache=True, found False"),
+            (gives and settings.output_attentions, "output_attentions: expected False in this decoding, found True"),
+            (
+                gives and settings.output_hidden_states,
+                "output_hidden_states: expected False in this decoding, found True",
+            ),
+        ]:
+            if wrong:
+                raise ConfigError(said)
+
     @torch.no_grad()
     def written(self, how: Decoding, generator: torch.Generator | None, log: ScalingsLog | None) -> Generator[Written]:
         """Tokens after the prompt, until `stop` says so.
@@ -120,7 +143,7 @@ class Text:
             ConfigError: as `Decoding.__call__`.
         """
         ids, settings = self.input_ids, self.settings
-        _check(ids, settings, self.inputs)
+        self.check()
         routing = self.model.routing_of(self.inputs.get("routing")).for_rows(1)
         how.check(self.model, routing)
         chooser = Chooser(self.process, bool(settings.do_sample), generator)
@@ -168,20 +191,3 @@ class Text:
         finally:
             if not sys.is_finalizing():  # a text left open at the interpreter's end: tensors may be beyond use
                 stepper.close()
-
-
-def _check(input_ids: Tensor, settings: GenerationConfig, inputs: dict[str, Any]) -> None:
-    def refuse(what: str, found: object) -> None:
-        raise ConfigError(f"{what}, found {found}; leave custom_generate out")
-
-    if (settings.num_beams or 1) != 1:
-        refuse("this decoding is greedy or sampling: expected num_beams=1", settings.num_beams)
-    if input_ids.shape[0] != 1:
-        refuse("this decoding writes one sequence at a time: expected 1 row", input_ids.shape[0])
-    if inputs.get("inputs_embeds") is not None:
-        refuse("this decoding reads the text: expected input_ids", "inputs_embeds")
-    if settings.use_cache is False or inputs.get("use_cache") is False:
-        refuse("this decoding needs a cache: expected use_cache=True", False)
-    for name in ("output_attentions", "output_hidden_states"):
-        if settings.return_dict_in_generate and getattr(settings, name):
-            refuse(f"this decoding has none to give: expected {name}=False", True)
