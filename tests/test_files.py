@@ -133,7 +133,7 @@ def test_the_parent_is_a_file(tmp_path):
             pytest.fail("refused before anything is computed")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere: run as another user")
 def test_a_parent_that_may_not_be_written(tmp_path):
     parent = tmp_path / "parent"
     parent.mkdir(mode=0o500)

@@ -119,6 +119,15 @@ def test_import_xloom_is_light():
     assert "torch" in heavy_after("import xloom; xloom.ScalingHead"), "a test of the test"
 
 
+def test_libraries_say_nothing_at_import():
+    """torchao, torch and bitsandbytes tell of kernels that they do not find."""
+    code = (
+        "import importlib.util as i, xloom; xloom.XLoraForCausalLM\nif i.find_spec('bitsandbytes'): import bitsandbytes"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
 def test_import_of_the_command_line_is_light():
     if not (SOURCE / "cli").exists() and not (SOURCE / "cli.py").exists():
         pytest.skip("xloom.cli is not written yet")

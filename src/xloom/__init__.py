@@ -3,10 +3,17 @@
 The public names below are loaded on first use, so that `import xloom` costs nothing.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# What libraries say at import of kernels that they look for and do not find is no news to a user; a level that somebody
+# has set stays.
+for _chatty in ("torchao", "torch.utils._pytree", "bitsandbytes.backends"):
+    if not logging.getLogger(_chatty).level:
+        logging.getLogger(_chatty).setLevel(logging.ERROR)
 
 _HOMES = {
     "XLoraConfig": "xloom.config",

@@ -4,6 +4,7 @@ Needs the packages playwright and plotly, and Chromium; skipped where one of the
 `wait_for_function` evaluates strings, which the page's own policy forbids, so only selectors are waited for.
 """
 
+import os
 import random
 import shutil
 
@@ -14,12 +15,14 @@ from xloom.report import write_report
 from xloom.report.maps import PRECISION, share_map
 from xloom.seeing import difference
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
-pytest.importorskip("plotly", reason="needs the package plotly")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+if CHROMIUM is None and os.environ.get("XLOOM_BROWSER_TESTS") == "required":
+    raise RuntimeError("XLOOM_BROWSER_TESTS=required: expected Chromium, found none; apt-get install chromium")
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+pytest.importorskip("plotly", reason="needs plotly: pip install 'xloom[report]'")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's package chromium"),
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),
 ]
 
 WAIT = 600_000  # milliseconds, on a busy machine

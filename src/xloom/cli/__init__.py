@@ -3,7 +3,6 @@
 Only typer and rich are imported here; everything heavy is imported inside the command that needs it.
 """
 
-import logging
 import os
 from pathlib import Path
 from typing import Annotated
@@ -298,8 +297,6 @@ def _once(text: str) -> None:
 
 def main() -> None:
     """Entry point. Exit codes: 0 done, 2 the user's input is wrong, 1 anything else, 130 interrupted."""
-    for chatty in ("torchao", "torch.utils._pytree"):  # notes on optional kernels and deprecations, at import
-        logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
         app(standalone_mode=True)
     except XLoomError as error:
