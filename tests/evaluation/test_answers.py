@@ -30,8 +30,7 @@ def model(llama, expert_paths):
 
 def all_answers(model, prompts=PROMPTS, routers=None, **options):
     found = {}
-    routings = None if routers is None else [model.routing_of(router) for router in routers]
-    for some in answers(model, tiny_tokenizer(), prompts, routings, **options):
+    for some in answers(model, tiny_tokenizer(), prompts, routers, **options):
         assert not found.keys() & some.keys()
         found |= some
     return [found[i] for i in range(len(prompts))]
@@ -171,9 +170,8 @@ def test_losses_are_those_of_the_rows_alone(model, router):
             logits = model(torch.tensor([ids])).logits[0]
             target = torch.tensor(ids[start:])
             expected.append(torch.nn.functional.cross_entropy(logits[start - 1 : -1], target).item())
-    routings = None if router is None else [model.routing_of(router)] * len(rows)
     for tokens in (1, 40, 4000):
-        found = losses(model, rows, routings, batch_tokens=tokens)
+        found = losses(model, rows, router, batch_tokens=tokens)
         assert found == pytest.approx(expected, rel=1e-4)
 
 

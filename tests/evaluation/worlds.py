@@ -46,8 +46,7 @@ def write_domains(folder: Path, model: XLoraForCausalLM, count: int = 4) -> dict
             ids = [encode(word) for word in asked]
             said: dict[int, str] = {}
             expert = Single(domain)
-            routings = [model.routing_of(expert)] * len(ids)
-            for batch in answers(model, tiny_tokenizer(), [Prompt(i, 4) for i in ids], routings):
+            for batch in answers(model, tiny_tokenizer(), [Prompt(i, 4) for i in ids], expert):
                 said |= {place: answer.text for place, answer in batch.items()}
             rows = [
                 {

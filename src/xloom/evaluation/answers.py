@@ -14,7 +14,7 @@ from torch import Tensor
 
 from xloom.decoding.batch import BATCH_TOKENS, Request, in_batches, padded, write
 from xloom.model import XLoraForCausalLM
-from xloom.routers import Routing
+from xloom.routers import Routed, Routing
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def answers(
     model: XLoraForCausalLM,
     tokenizer: Any,
     prompts: Sequence[Prompt],
-    routings: Sequence[Routing] | None = None,
+    routing: Routed | None = None,
     *,
     batch_tokens: int = BATCH_TOKENS,
     share_prefix: bool = True,
@@ -59,13 +59,14 @@ def answers(
     """Answers, batch by batch, by the prompts' places in the list.
 
     Args:
-        routings: who decides, one line for each prompt; None: as in the `with model.routing(...)` around, or the head.
+        routing: who decides: a router for all prompts, or a list with one for each; None: as in the
+            `with model.routing(...)` around, or the head.
         batch_tokens, share_prefix: as in `decoding.write`.
     """
     options = {"eos_token_id": end_tokens(model, tokenizer) or None}
     requests = [
         Request(prompt.ids, prompt.max_new_tokens, routing, prompt.is_over if prompt.stop else None, options)
-        for prompt, routing in zip(prompts, _each(model, routings, len(prompts)), strict=True)
+        for prompt, routing in zip(prompts, _each(model, routing, len(prompts)), strict=True)
     ]
     ids: dict[int, list[int]] = {}  # of answers that are being written
     totals: dict[int, Tensor] = {}
@@ -87,7 +88,7 @@ def answers(
 def losses(
     model: XLoraForCausalLM,
     rows: Sequence[tuple[tuple[int, ...], int]],
-    routings: Sequence[Routing] | None = None,
+    routing: Routed | None = None,
     *,
     batch_tokens: int = BATCH_TOKENS,
 ) -> list[float]:
@@ -95,10 +96,10 @@ def losses(
 
     Args:
         rows: token ids of prompt and answer, and where the answer starts (`training.data.tokenise`).
-        routings: as in `answers`.
+        routing: as in `answers`.
         batch_tokens: bound on rows times tokens of one forward.
     """
-    routings = _each(model, routings, len(rows))
+    routings = _each(model, routing, len(rows))
     out = [0.0] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
     for batch in in_batches(order, [len(ids) for ids, _ in rows], batch_tokens):
@@ -117,8 +118,9 @@ def losses(
     return out
 
 
-def _each(model: XLoraForCausalLM, routings: Sequence[Routing] | None, count: int) -> Sequence[Routing]:
-    return [model.routing_of(None)] * count if routings is None else routings
+def _each(model: XLoraForCausalLM, routing: Routed | None, count: int) -> list[Routing]:
+    lines = model.routing_of(routing).for_rows(count)
+    return [lines] * count if len(lines) < count else [lines[[row]] for row in range(count)]
 
 
 def end_tokens(model: XLoraForCausalLM, tokenizer: Any) -> list[int]:

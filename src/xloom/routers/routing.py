@@ -277,7 +277,7 @@ def _check_replay(scalings_TSN: Tensor, tokens: tuple[int, int], sites: int, exp
         raise ScalingsShapeError(f"{its_experts} scalings per token for {experts} experts")
 
 
-Routed = Router | Routing | list[Router | Routing] | list[Router] | list[Routing] | tuple[Router | Routing, ...]
+Routed = Router | Routing | Sequence[Router | Routing]
 
 
 def as_routing(given: Routed, experts: Sequence[str], sites: Sequence[str]) -> Routing:
