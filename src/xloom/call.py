@@ -13,25 +13,52 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from xloom.errors import ConfigError, ScalingsShapeError
+from xloom.experts import LowRank
 from xloom.fused import RankWeights
 
-if TYPE_CHECKING:
-    from xloom.site import Site
 
-# of a site: what enters it, with its other arguments
-Observer = Callable[["Site", Tensor, tuple[Any, ...], dict[str, Any]], None]
+class SiteView(Protocol):
+    """What others may know of a site: the experts' factors at one module of the base.
+
+    Attributes:
+        name: module path in the base.
+        index: position on the scalings' S axis.
+        is_embedding: whether token ids enter it.
+        ranks: of the experts; 0 for those that lack the site.
+        A_RI, B_OR: the experts' factors, side by side.
+    """
+
+    name: str
+    index: int
+    is_embedding: bool
+    ranks: list[int]
+    A_RI: Tensor
+    B_OR: Tensor
+
+    @property
+    def num_experts(self) -> int: ...
+
+    def experts(self) -> list[LowRank | None]:
+        """Each expert's own factors (views), or None where it lacks the site."""
+
+    def delta(self, x: Tensor, scalings: Tensor, y: Tensor) -> Tensor:
+        """What all experts together add to the base's output `y` for input `x`."""
+
+
+# of a site: what enters it, what its base module makes of that, and its scalings
+Observer = Callable[[SiteView, Tensor, Tensor, Tensor | None], None]
 
 
 class Asked(NamedTuple):
     """Whom the sites ask for scalings that are not known beforehand: of these rows, or of all."""
 
-    scalings: Callable[["Site", Tensor], Tensor | None]
+    scalings: Callable[[SiteView, Tensor], Tensor | None]
     rows: list[int] | None
 
 
@@ -90,7 +117,7 @@ class Call:
         self.weights, self.asked, self._global_B = weights, asked, global_B
         return self
 
-    def scalings(self, site: "Site", x: Tensor) -> Tensor | None:
+    def scalings(self, site: SiteView, x: Tensor) -> Tensor | None:
         """Of one site [*leading, N], times the global weight; None for "add nothing".
 
         Args:
@@ -109,7 +136,7 @@ class Call:
             return self._asked_alike(self.asked[0], site, x)
         return self._asked_by_row(self._by_site[site.index], site, x)
 
-    def _asked_alike(self, one: Asked, site: "Site", x: Tensor) -> Tensor | None:
+    def _asked_alike(self, one: Asked, site: SiteView, x: Tensor) -> Tensor | None:
         answer = one.scalings(site, x)
         if answer is None:
             return None
@@ -117,7 +144,7 @@ class Call:
         self.answers[site.index] = answer.detach()
         return times(answer, self._global_B)
 
-    def _asked_by_row(self, decided_BTN: Tensor, site: "Site", x: Tensor) -> Tensor:
+    def _asked_by_row(self, decided_BTN: Tensor, site: SiteView, x: Tensor) -> Tensor:
         tokens = self._shape[:2]
         leading = x.shape if site.is_embedding else x.shape[:-1]
         flat = leading == (tokens.numel(),)
@@ -137,7 +164,7 @@ class Call:
         answer_BTN = times(answer_BTN, self._global_B)
         return answer_BTN.flatten(0, 1) if flat else answer_BTN
 
-    def _check(self, site: "Site", answer: Tensor) -> None:
+    def _check(self, site: SiteView, answer: Tensor) -> None:
         if answer.shape[-1] != self._shape[-1]:
             raise ScalingsShapeError(
                 f"site {site.name}: {answer.shape[-1]} scalings per token for {self._shape[-1]} experts"

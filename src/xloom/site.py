@@ -129,7 +129,7 @@ class Site(nn.Module):
             plain: Tensor = self.base(x, *args, **kwargs)
             return plain
         if call.observer is not None:
-            call.observer(self, x, args, kwargs)
+            call.observer(self, x, self.base(x, *args, **kwargs), call.scalings(self, x))
         known = call.weights
         if known is not None and not args and not kwargs and not torch.is_grad_enabled():
             weights_MR, rows_SR = known.weights_SMR[self.index], known.rows_SR

@@ -4,12 +4,10 @@ Knows nothing of how a system mixes them.
 Letters: S sites  N experts  D hidden size  I in-features  O out-features  R rank
 """
 
-import copy
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +38,7 @@ class Parts:
 
     def own_base(self) -> PreTrainedModel:
         """A base to put modules into, with the very tensors of `base`, and nothing that stops generation early."""
-        model = sharing(self.base)
+        model = architecture.plain(self.base)
         model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0)
         model.config.eos_token_id = None
         return model
@@ -51,13 +49,6 @@ class Parts:
         folders = dict(list(self.expert_folders.items())[:experts])
         kept = [row for row in range(len(self.head_bias)) if row % every < experts]  # a row per site and expert
         return Parts(self.base, folders, self.head_weight[kept], self.head_bias[kept])
-
-
-def sharing(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy that consists of the very tensors of `model`."""
-    kept: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    copied: PreTrainedModel = copy.deepcopy(model, kept)
-    return copied
 
 
 def make_parts(
@@ -83,7 +74,7 @@ def parts_of(model: XLoraForCausalLM, folder: Path) -> Parts:
     model.save_pretrained(folder / "model")
     folders = {name: str(folder / "model" / "experts" / name) for name in model.experts}
     generator = torch.Generator().manual_seed(SEED)
-    base = sharing(model.plain_base())
+    base = model.plain_base()
     outputs = len(model.sites) * len(model.experts)
     return Parts(base, folders, *_random_head(base, outputs, generator))
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from xloom import architecture
-from xloom.benchmark.parts import Parts, sharing
+from xloom.benchmark.parts import Parts
 from xloom.benchmark.settings import PEFT
 from xloom.decoding import Decoding, Tally, speculative
 from xloom.errors import ConfigError, UnsupportedArchitectureError, names
@@ -172,7 +172,7 @@ def check_names(wanted: Sequence[str], known: Sequence[str] | None = None) -> No
 
 def of_models(models: Mapping[str, XLoraForCausalLM]) -> dict[str, System]:
     """Models as they are, without and with drafts, and the first one's base. They must have the same base."""
-    base = System("base", sharing(next(iter(models.values())).plain_base()))
+    base = System("base", next(iter(models.values())).plain_base())
     found = [base, _drafting(base, LOOKUP)]
     for name, model in models.items():
         system = System(name, model)

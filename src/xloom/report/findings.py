@@ -55,7 +55,7 @@ def find(
     models: Sequence[str] = (),
     watch: Watch = lambda stage, done, total: None,
 ) -> Findings:
-    """Answers every prompt greedily under the router in charge, and measures.
+    """Answers every prompt greedily, with the router of the `with model.routing(...)` around, and measures.
 
     Args:
         measure_worth: turn every expert off in turn, which takes a forward of each row for every variant.

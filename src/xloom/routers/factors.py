@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from xloom.call import SiteView
 from xloom.errors import ConfigError, ScalingsShapeError, names
 from xloom.experts import LowRank
 from xloom.gating import top_k_mask
 from xloom.routers.routing import Routing, SiteRouter, check_known
-from xloom.site import Site
 
 if TYPE_CHECKING:
     from xloom.passes import TwoPassModel
@@ -34,11 +34,11 @@ TokenIds = Tensor | Sequence[int]  # of one text: [T]
 class _PerSite(Generic[Made]):
     """What is made of a site's factors once, and again when they have changed or moved."""
 
-    def __init__(self, make: Callable[[Site], Made]) -> None:
+    def __init__(self, make: Callable[[SiteView], Made]) -> None:
         self._make = make
-        self._kept: WeakKeyDictionary[Site, tuple[Any, Made]] = WeakKeyDictionary()
+        self._kept: WeakKeyDictionary[SiteView, tuple[Any, Made]] = WeakKeyDictionary()
 
-    def __call__(self, site: Site) -> Made:
+    def __call__(self, site: SiteView) -> Made:
         state = [(t.data_ptr(), t._version, t.device, t.dtype) for t in (site.A_RI, site.B_OR)]
         kept = self._kept.get(site)
         if kept is None or kept[0] != state:
@@ -64,7 +64,7 @@ class _ByScore(SiteRouter):
         self._there = _PerSite(lambda site: torch.tensor([r > 0 for r in site.ranks], device=site.A_RI.device))
 
     @final
-    def scalings(self, site: Site, x: Tensor) -> Tensor | None:
+    def scalings(self, site: SiteView, x: Tensor) -> Tensor | None:
         there_N = self._there(site)
         scores = self.scores(site, x)
         if scores is None:
@@ -74,7 +74,7 @@ class _ByScore(SiteRouter):
         return softmax_of_top(scores.masked_fill(~there_N, -torch.inf), self.temperature, top_k)
 
     @abstractmethod
-    def scores(self, site: Site, x: Tensor) -> Tensor | None:
+    def scores(self, site: SiteView, x: Tensor) -> Tensor | None:
         """How well each expert goes with `x` (see `Router.scalings`): [*leading, N], or None for "all alike"."""
 
 
@@ -106,14 +106,14 @@ class Arrow(_ByScore):
         super().__init__(temperature=temperature, top_k=top_k)
         self._prototypes = _PerSite(_prototypes)
 
-    def scores(self, site: Site, x: Tensor) -> Tensor | None:
+    def scores(self, site: SiteView, x: Tensor) -> Tensor | None:
         if site.is_embedding:
             return None
         prototypes_NI = self._prototypes(site)
         return (x.to(prototypes_NI.dtype) @ prototypes_NI.T).abs()
 
 
-def _prototypes(site: Site) -> Tensor:
+def _prototypes(site: SiteView) -> Tensor:
     rows = [site.A_RI.new_zeros(site.A_RI.shape[1]) if low is None else arrow(low) for low in site.experts()]
     return torch.stack([row.to(site.A_RI) for row in rows])
 
@@ -132,7 +132,7 @@ def arrow(low: LowRank) -> Tensor:
 # --- norms ---
 
 
-def norms_reference(site: Site, x: Tensor) -> Tensor:
+def norms_reference(site: SiteView, x: Tensor) -> Tensor:
     """scale_n |B_n A_n x| for every expert [*leading, N], as it is written; 0 for those that lack the site."""
     leading = x.shape if site.is_embedding else x.shape[:-1]
     out = torch.zeros(*leading, site.num_experts, dtype=site.A_RI.dtype, device=site.A_RI.device)
@@ -150,7 +150,7 @@ class ExpertNorms:
     def __init__(self) -> None:
         self._triangles = _PerSite(_triangles)
 
-    def __call__(self, site: Site, x: Tensor) -> Tensor:
+    def __call__(self, site: SiteView, x: Tensor) -> Tensor:
         index_NR, scaled_NRR = self._triangles(site)
         A_RI = site.A_RI
         down = F.embedding(x, A_RI.T) if site.is_embedding else F.linear(x.to(A_RI.dtype), A_RI)
@@ -159,7 +159,7 @@ class ExpertNorms:
         return norms
 
 
-def _triangles(site: Site) -> tuple[Tensor, Tensor]:
+def _triangles(site: SiteView) -> tuple[Tensor, Tensor]:
     """Where each expert's ranks are among the site's [N, R], and scale_n R_n [N, R, R], zero beyond its own rank."""
     largest = max(site.ranks)
     dtype = torch.promote_types(site.A_RI.dtype, torch.float32)
@@ -218,7 +218,7 @@ class _NormMeter(SiteRouter):
         self.sums_3SN = torch.zeros(3, sites, experts, dtype=torch.float64, device=device)  # of 1, norm, norm^2
         self._norms = ExpertNorms()
 
-    def scalings(self, site: Site, x: Tensor) -> Tensor | None:
+    def scalings(self, site: SiteView, x: Tensor) -> Tensor | None:
         norms = self._norms(site, x).flatten(0, -2).double()
         powers = torch.stack([(norms**power).sum(dim=0) for power in range(3)])
         self.sums_3SN[:, site.index] += (powers * self.whose_N).to(self.sums_3SN.device)
@@ -277,7 +277,7 @@ class SpectR(_ByScore):
                 raise ScalingsShapeError(f"statistics of {found} sites and experts, the model has {expected}")
         return super().routing(experts, sites)
 
-    def scores(self, site: Site, x: Tensor) -> Tensor | None:
+    def scores(self, site: SiteView, x: Tensor) -> Tensor | None:
         norms = self._norms(site, x)
         if self.statistics is None:
             return norms

@@ -13,18 +13,15 @@ Letters: B batch  T tokens  S sites  N experts  C columns of the head (N, or N+1
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Self, final
+from typing import Any, Self, final
 
 import torch
 from torch import Tensor
 
-from xloom.call import Asked
+from xloom.call import Asked, SiteView
 from xloom.config import XLoraConfig
 from xloom.errors import ConfigError, ScalingsShapeError, UnknownExpertError, names
 from xloom.gating import gate
-
-if TYPE_CHECKING:
-    from xloom.site import Site
 
 
 class Router(ABC):
@@ -47,7 +44,7 @@ class SiteRouter(Router):
         return Routing((Line(self),))
 
     @abstractmethod
-    def scalings(self, site: "Site", x: Tensor) -> Tensor | None:
+    def scalings(self, site: SiteView, x: Tensor) -> Tensor | None:
         """Weights of the experts at one site: [*leading, N], or None for "add nothing".
 
         Args:

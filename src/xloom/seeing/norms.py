@@ -9,15 +9,15 @@ Letters: T tokens of a text  M tokens of a batch, row after row  S sites  N expe
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from xloom.cache import new_cache
+from xloom.call import SiteView
 from xloom.model import XLoraForCausalLM
 from xloom.routers import Routed
-from xloom.site import Site
 
 READ_AT_ONCE = 256  # tokens of a forward
 
@@ -66,7 +66,7 @@ class Record:
     def __init__(self, sites: int) -> None:
         self._by_site: list[tuple[Tensor, Tensor] | None] = [None] * sites
 
-    def put(self, site: Site, relative_MN: Tensor, total_M: Tensor) -> None:
+    def put(self, site: SiteView, relative_MN: Tensor, total_M: Tensor) -> None:
         self._by_site[site.index] = (relative_MN.float().cpu(), total_M.float().cpu())
 
     @property
@@ -95,20 +95,17 @@ def recording_contributions(model: XLoraForCausalLM) -> Iterator[Record]:
     """
     record = Record(len(model.sites))
 
-    def observe(site: Site, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        record.put(site, *_norms(site, x, args, kwargs))
+    def observe(site: SiteView, x: Tensor, y: Tensor, scalings: Tensor | None) -> None:
+        record.put(site, *_norms(site, x, y, scalings))
 
     with model.observing_sites(observe):
         yield record
 
 
 @torch.no_grad()
-def _norms(site: Site, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _norms(site: SiteView, x: Tensor, y: Tensor, scalings: Tensor | None) -> tuple[Tensor, Tensor]:
     """Relative norms of what each expert adds [M, N], and all together [M]."""
-    y: Tensor = site.base(x, *args, **kwargs)
     base_M: Tensor = y.flatten(0, -2).norm(dim=-1).clamp(min=torch.finfo(y.dtype).tiny)
-    call = site.current.call
-    scalings = None if call is None else call.scalings(site, x)
     if scalings is None:
         return base_M.new_zeros(len(base_M), site.num_experts), base_M.new_zeros(len(base_M))
 
