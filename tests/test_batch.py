@@ -6,12 +6,13 @@ import random
 
 import pytest
 import torch
+from transformers import LogitsProcessor
 
 from tiny import ARCHITECTURES, make_expert, prompt, tiny_base
 from toy import tiny_tokenizer
 from xloom import XLoraForCausalLM, routers
 from xloom.decoding import Batch, Request, write
-from xloom.errors import ConfigError, UnknownExpertError
+from xloom.errors import ConfigError, RowError, UnknownExpertError
 
 FORMS = {
     "two passes": {},
@@ -178,6 +179,38 @@ def test_a_row_that_is_taken_out(tmp_path):
     assert found == {0: expected[0][:3], 1: expected[1], 2: expected[2]}
 
 
+class Fails(LogitsProcessor):
+    """At the third token."""
+
+    def __init__(self, prompt_tokens: int) -> None:
+        self.last = prompt_tokens + 2
+
+    def __call__(self, input_ids, scores):
+        if input_ids.shape[1] >= self.last:
+            raise ValueError("it has had enough")
+        return scores
+
+
+def test_a_row_that_fails_takes_nobody_with_it(tmp_path):
+    model = mixed("llama", tmp_path)
+    some = [dataclasses.replace(request, max_new_tokens=6) for request in requests(5, 7)]
+    expected = [alone(model, request) for request in some]
+    some[1] = dataclasses.replace(some[1], options={"logits_processor": [Fails(len(some[1].ids))]})
+    some[3] = dataclasses.replace(some[3], stop=lambda text: [][0])
+    batch, found, failed = Batch(model, tiny_tokenizer()), [[] for _ in some], {}
+    for request in some:
+        batch.join(request)
+    while batch:
+        try:
+            for row, step, _ in batch.step():
+                found[row].append(step.token_id)
+        except RowError as error:
+            failed[error.row] = str(error)
+    assert failed == {1: "row 1: ValueError: it has had enough", 3: "row 3: IndexError: list index out of range"}
+    assert [found[i] for i in (0, 2, 4)] == [expected[i] for i in (0, 2, 4)]
+    assert found[1] == expected[1][:2] and found[3] == []
+
+
 def test_padding_goes_with_the_rows_that_needed_it(tmp_path):
     """A long row among short ones does not leave its length behind, or a batch would grow for ever."""
     for kind in ("llama", "mistral"):
@@ -187,8 +220,8 @@ def test_padding_goes_with_the_rows_that_needed_it(tmp_path):
         batch.join(Request((5, 6), 20))
         for _ in range(6):
             batch.step()
-        assert batch._mask_BT.shape == (1, 2 + 5)
-        assert {layer.get_seq_length() for layer in batch._cache.layers} == {7}
+        assert batch._written.mask_BT.shape == (1, 2 + 5)
+        assert {layer.get_seq_length() for layer in batch._written.cache.layers} == {7}
 
 
 @pytest.fixture
@@ -238,6 +271,9 @@ def test_what_is_refused(tmp_path):
         (Request((1, 2), 3, [routers.XLora()] * 2), "one line for one request, found 2"),
         (Request((1, 2), 3, stop=lambda text: False), "stop: expected a tokenizer"),
         (Request((1, 2), 3, options={"num_beams": 2}), "num_beams=1, found 2"),
+        (Request((1, 2), 3, options={"temprature": 2.0}), "options: .*temprature"),
+        (Request((1, 2), 3, options={"stop_strings": "a"}), "options: .*tokenizer"),
+        (Request((1, 2), 127), "2 tokens and 127 new ones are more than the model's window of 128"),
     ]:
         with pytest.raises(ConfigError, match=said):
             batch.join(wrong)

@@ -13,8 +13,9 @@ import xloom
 SOURCE = Path(xloom.__file__).parent
 ORDER = (
     "errors", "files", "suite", "config", "gating", "experts", "modules", "fused", "call", "site", "mixture", "routers",
-    "cache", "checkpoints", "architecture", "trace", "passes", "decoding", "loading", "model", "classification",
-    "merging", "training", "collapse", "seeing", "report", "evaluation", "benchmark", "cli", "__main__",
+    "cache", "checkpoints", "wrapping", "architecture", "trace", "blocks", "passes", "decoding", "loading", "model",
+    "classification", "merging", "training", "collapse", "seeing", "report", "evaluation", "benchmark", "cli",
+    "__main__",
 )  # fmt: skip
 SUITE_MAY_IMPORT = {"errors", "files"}
 MAY_IMPORT_SUITE = {"architecture", "benchmark", "training", "cli"}

@@ -52,7 +52,7 @@ class PerSite(SiteRouter):
 def routed(mixture: Mixture, router: SiteRouter):
     """Every site asks the router inside the block."""
     nothing = torch.zeros(1, 1, len(mixture.sites), len(mixture.expert_names))
-    return mixture.current.running(Call().decided(nothing, asked=(Asked(router.scalings, None),)))
+    return mixture.current.running(Call().with_asked(nothing, (Asked(router.scalings, None),)))
 
 
 class Reference:

@@ -3,7 +3,7 @@
 A pass is one thread's from its beginning to its end, so the call that runs is a matter of the thread: passes of several
 threads through one model know nothing of each other, and nothing of a model changes while one of them runs.
 
-    with mixture.current.running(Call().decided(scalings_BTSN)): base(input_ids)
+    with mixture.current.running(Call().with_scalings(scalings_BTSN)): base(input_ids)
 
 Knows nothing of where scalings come from, of caches, or of files.
 Letters: B batch  T tokens  D hidden size  S sites  N experts
@@ -12,13 +12,11 @@ Letters: B batch  T tokens  D hidden size  S sites  N experts
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, NamedTuple, Protocol, Self
 
-import torch
 from torch import Tensor
 
-from xloom.errors import ConfigError, ScalingsShapeError
+from xloom.errors import ScalingsShapeError
 from xloom.experts import LowRank
 from xloom.fused import RankWeights
 
@@ -67,7 +65,8 @@ class Call:
 
     Attributes:
         weights: the scalings of all sites, spread over their ranks, where that could be done at once.
-        asked: who gives scalings site by site; the rows that nobody is asked about have those that were decided.
+        asked: routers that each site asks while the pass runs, with their rows; all other rows use the scalings given
+            beforehand.
         answers: what was answered, by site index, before the global weight; detached.
         observer: is told of every site that the pass goes through.
         at_gate: is told of the hidden state [B, T, D] that enters the gate layer; what it gives back goes on instead.
@@ -94,27 +93,25 @@ class Call:
         self._by_site: Sequence[Tensor] | None = None
         self._global_B: Sequence[float] = ()
 
-    def decided(
-        self,
-        scalings_BTSN: Tensor,
-        *,
-        global_B: Sequence[float] = (),
-        weights: RankWeights | None = None,
-        asked: Sequence[Asked] = (),
-    ) -> Self:
-        """From here on sites have these scalings; returns the call itself.
+    def with_scalings(self, scalings_BTSN: Tensor, weights: RankWeights | None = None) -> Self:
+        """Sets the scalings that sites use from now on, times the global weight; returns the call.
 
         Args:
-            global_B: what all scalings of a row are multiplied by; one number for all rows; none for 1.
-            weights: the scalings times those, spread over ranks.
-            asked: who is asked by the sites, for the rows whose scalings here count for nothing.
+            weights: the same, spread over ranks.
         """
-        self._shape = scalings_BTSN.shape
-        if not asked:
-            scalings_BTSN = times(scalings_BTSN, global_B)
         # one stack in the backward pass, not a zero-filled tensor per site
-        self._by_site = scalings_BTSN.unbind(2)
-        self.weights, self.asked, self._global_B = weights, asked, global_B
+        self._by_site, self.weights = scalings_BTSN.unbind(2), weights
+        return self
+
+    def with_asked(self, scalings_BTSN: Tensor, asked: Sequence[Asked], global_B: Sequence[float] = ()) -> Self:
+        """Sets whom sites ask from now on, and what the rows use that nobody is asked about; returns the call.
+
+        Args:
+            scalings_BTSN: before the global weight; of rows that are asked about they count for nothing.
+            global_B: what all scalings of a row are multiplied by; one number for all rows; none for 1.
+        """
+        self._by_site, self._shape = scalings_BTSN.unbind(2), scalings_BTSN.shape
+        self.asked, self._global_B = asked, global_B
         return self
 
     def scalings(self, site: SiteView, x: Tensor) -> Tensor | None:
@@ -153,8 +150,8 @@ class Call:
                 f"site {site.name}: expected {tuple(tokens)} tokens, whose rows have routers of their own, found "
                 f"{tuple(leading)}"
             )
-        x_BT = x.view(*tokens, *x.shape[1:]) if flat else x
-        answer_BTN = decided_BTN.to(site.A_RI.dtype, copy=True)
+        x_BT = x.reshape(*tokens, *x.shape[1:]) if flat else x
+        answer_BTN = decided_BTN.to(site.A_RI, copy=True)
         for one in self.asked:
             answer = one.scalings(site, x_BT[one.rows])
             if answer is not None:
@@ -183,7 +180,8 @@ def times(scalings: Tensor, global_B: Sequence[float]) -> Tensor:
 class Current(threading.local):
     """The call that runs in this thread, or None: then a base with sites is the base alone."""
 
-    call: Call | None = None
+    def __init__(self) -> None:  # of each thread; torch.compile guards the instance, and does not see a class attribute
+        self.call: Call | None = None
 
     @contextmanager
     def running(self, call: Call | None) -> Iterator[None]:
@@ -198,42 +196,3 @@ class Current(threading.local):
 
     def __reduce__(self) -> tuple[type[Self], tuple[()]]:
         return type(self), ()
-
-
-Value = TypeVar("Value")
-
-
-class Ambient(Generic[Value]):
-    """A value for the calls that are made inside a `with` block, in its thread and task alone."""
-
-    def __init__(self) -> None:
-        self._value: ContextVar[Value | None] = ContextVar("xloom", default=None)
-        self._here = _Blocks()
-
-    def get(self) -> Value | None:
-        """Raises ConfigError inside `torch.compile`, which cannot see it, if there is a block."""
-        if not torch.compiler.is_compiling():
-            return self._value.get()
-        if self._here.open:
-            raise ConfigError("a compiled forward cannot see a `with` block of the model: pass routing=... to the call")
-        return None
-
-    @contextmanager
-    def holding(self, value: Value | None) -> Iterator[None]:
-        before = self._value.set(value)
-        self._here.open += 1
-        try:
-            yield
-        finally:
-            self._here.open -= 1
-            self._value.reset(before)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return type(self)()
-
-    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
-        return type(self), ()
-
-
-class _Blocks(threading.local):
-    open = 0

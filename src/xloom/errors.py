@@ -112,6 +112,19 @@ class CacheError(XLoomError):
     """A cache passed by the caller does not fit the model or the router in use."""
 
 
+class RowError(XLoomError):
+    """A row of a batch failed by what its request brought: its stop, or a logits processor.
+
+    Attributes:
+        row: the number that `Batch.join` gave.
+        error: what was raised.
+    """
+
+    def __init__(self, row: int, error: Exception) -> None:
+        super().__init__(f"row {row}: {type(error).__name__}: {' '.join(str(error).split())}")
+        self.row, self.error = row, error
+
+
 class ScalingsShapeError(XLoomError):
     """Scalings do not fit the tokens, sites or experts they are meant for."""
 

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from xloom import checkpoints
 from xloom.config import XLoraConfig
 from xloom.decoding import Decoding, Speculative, Step, generate_drawn, steps
-from xloom.errors import ConfigError, ModulesToSaveError
+from xloom.errors import ConfigError, ModulesToSaveError, names
 from xloom.experts import Expert
 from xloom.loading import XLoraModel
 from xloom.routers import Routed
@@ -139,15 +139,15 @@ class XLoraForCausalLM(XLoraModel, GenerationMixin):
             ConfigError: a generator, and nothing that it could draw.
         """
         bound = self.routing_of(routing)
-        if self.current_log is not None:
-            options["disable_compile"] = True  # a compiled forward sees no log
+        if self.current_log is not None or self.current_observer is not None:
+            options["disable_compile"] = True  # a compiled forward sees neither
+        if generator is not None and (taken := {"custom_generate", "assistant_model"} & set(options)):
+            raise ConfigError(f"generator: expected no {names(sorted(taken))}, which draws by itself; found both")
         if options.get("assistant_model") is not None:  # it would be handed the routing too
             with self.routing(bound):
                 return super().generate(*args, **options)
         if generator is None:
             return super().generate(*args, routing=bound, **options)
-        if options.get("custom_generate") is not None:
-            raise ConfigError("generator: this custom_generate draws by itself; give the generator to it")
         drawn = generate_drawn(generator, options.get("streamer"))
         return super().generate(*args, routing=bound, custom_generate=drawn, **options)
 
@@ -182,6 +182,13 @@ class XLoraForCausalLM(XLoraModel, GenerationMixin):
             self, input_ids, tokenizer, routing=routing, generator=generator, speculative=speculative,
             custom_generate=custom_generate, **options,
         )  # fmt: skip
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, **options: Any) -> Any:
+        """Beams and several answers are copies of a row, side by side: its routing is copied alike."""
+        routing = options.get("routing")
+        if routing is not None and len(routing) > 1:
+            options["routing"] = routing.repeat(expand_size)
+        return super()._expand_inputs_for_generation(expand_size=expand_size, **options)
 
     def prepare_inputs_for_generation(
         self,

@@ -5,8 +5,7 @@
 
 With `gate_at_layer` both happen in a single pass. Who decides, for each row, is a `Routing` that travels with the call;
 what a pass needs is a `Call`. Nothing of the model changes meanwhile, and calls of several threads run at once.
-Knows nothing of what the base puts on top of its decoder, nor of
-loading and saving.
+Knows nothing of what the base puts on top of its decoder, nor of loading and saving.
 Letters: B batch  T tokens  D hidden size  S sites  N experts  C columns of the head
 """
 
@@ -20,16 +19,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
 
-from xloom import architecture
+from xloom import architecture, wrapping
+from xloom.blocks import WithBlocks
 from xloom.cache import CacheViews, new_cache, views
-from xloom.call import Ambient, Call, Observer, times
+from xloom.call import Call, times
 from xloom.config import XLoraConfig
 from xloom.errors import ConfigError
 from xloom.experts import Expert
 from xloom.gating import PoolState, ScalingHead, scaling_pass_scalings
 from xloom.mixture import Mixture
-from xloom.routers import Routed, Routing, XLora, as_routing
-from xloom.trace import ScalingsLog
+from xloom.routers import Routed, Routing
 
 
 class Decision(NamedTuple):
@@ -39,7 +38,7 @@ class Decision(NamedTuple):
     scalings_BTSN: Tensor
 
 
-class TwoPassModel(PreTrainedModel):
+class TwoPassModel(WithBlocks, PreTrainedModel):
     """What all X-LoRA models are made of and how they run; see `XLoraForCausalLM`.
 
     Attributes:
@@ -89,18 +88,14 @@ class TwoPassModel(PreTrainedModel):
                 for parameter in site.parameters(recurse=False):
                     parameter.requires_grad_(True)
         gate = config.gate_at_layer
-        self._gate = None if gate is None else architecture.Gate(base, gate, self.mixture.current)
+        self._gate = None if gate is None else wrapping.Gate(base, gate, self.mixture.current)
         # Small and decisive: the head stays in full precision whatever the base is stored in.
         dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
         size = architecture.hidden_size(base, gated=config.gate_at_layer is not None)
         self.head = ScalingHead(config, size, dtype).to(base.device)
         self.takes_positions = "position_ids" in inspect.signature(base.base_model.forward).parameters
         self.adapts_lm_head = any(site is base.get_output_embeddings() for site in self.mixture.sites)
-        self._head_router = XLora()
-        self._by_head = as_routing(self._head_router, self.experts, self.sites)
-        self._routed: Ambient[Routed] = Ambient()
-        self._logged: Ambient[ScalingsLog] = Ambient()
-        self._observed: Ambient[Observer] = Ambient()
+        self._open_blocks()
         self.post_init()
         self.eval()
 
@@ -112,8 +107,8 @@ class TwoPassModel(PreTrainedModel):
         return self.base
 
     def plain_base(self) -> PreTrainedModel:
-        """The base without sites and gate, beside the model: modules of its own that hold the very tensors."""
-        return architecture.plain(self.base)
+        """The base without sites and gate, beside the model: modules and parameters of its own in the same memory."""
+        return wrapping.plain(self.base)
 
     # --- what it is made of ---
 
@@ -148,73 +143,11 @@ class TwoPassModel(PreTrainedModel):
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the base has tied its own weights."""
 
-    # --- routing and logging ---
-
-    @property
-    def router(self) -> Routed:
-        """Who decides in calls that do not say: that of the innermost `routing` block, or the head."""
-        found = self._routed.get()
-        return self._head_router if found is None else found
-
-    @contextmanager
-    def routing(self, router: Routed) -> Iterator[None]:
-        """For calls made inside the block, in this thread and task: `with model.routing(routers.Uniform()): ...`.
-
-        A call's own `routing=` comes first; a stream keeps what held when it was made.
-        """
-        with self._routed.holding(router):
-            yield
-
-    def routing_of(self, router: Routed | None) -> Routing:
-        """A router, or a list with one for each row, as a value for this model; None: as in the block around.
-
-        Raises:
-            UnknownExpertError, ConfigError, ScalingsShapeError: as the router says of itself.
-        """
-        if router is None:
-            router = self._routed.get()
-            if router is None:
-                return self._by_head
-        return as_routing(router, self.experts, self.sites)
+    # --- the two passes ---
 
     def in_two_passes(self, routing: Routing) -> bool:
         """Whether it takes a pass of its own to get the hidden states that decide."""
         return routing.reads_head and self._gate is None
-
-    @contextmanager
-    def logging_scalings(self, max_tokens: int = 65_536) -> Iterator[ScalingsLog]:
-        """Collects the scalings of every call made in the block, in this thread and task, detached and bounded.
-
-        `with model.logging_scalings() as log: model.generate(...)`, then `log[site, expert]`, `log.shares()`.
-        """
-        log = ScalingsLog(self.sites, self.experts, max_tokens)
-        with self._logged.holding(log):
-            yield log
-
-    @property
-    def current_log(self) -> ScalingsLog | None:
-        """Where calls made here are logged, if anywhere."""
-        return self._logged.get()
-
-    @contextmanager
-    def unlogged(self) -> Iterator[None]:
-        """Calls made in the block are not logged: drafts that may be thrown away."""
-        with self._logged.holding(None):
-            yield
-
-    def log(self, scalings_BTSN: Tensor) -> None:
-        """Of a forward that has ended."""
-        log = self._logged.get()
-        if log is not None:
-            log.append(scalings_BTSN)
-
-    @contextmanager
-    def observing_sites(self, observer: Observer) -> Iterator[None]:
-        """Of calls made in the block, in this thread and task, every site of a mixed pass is shown to the observer."""
-        with self._observed.holding(observer):
-            yield
-
-    # --- the two passes ---
 
     def run_passes(
         self,
@@ -262,11 +195,17 @@ class TwoPassModel(PreTrainedModel):
         split = (
             views(past_key_values, self.config, two_passes=lines.reads_head) if past_key_values is not None else None
         )
-        decided: list[Decision] = []
+        call = Call(observer=self.current_observer)
+        found: list[Decision] = []
 
-        def decide(hidden_BTD: Tensor) -> None:
-            logits_BTSC = self._read(hidden_BTD, self._real_tokens(attention_mask, tokens), split)
-            decided.append(self._decided(call, lines, tokens, logits_BTSC))
+        def decide(hidden_BTD: Tensor | None) -> None:
+            logits_BTSC = None
+            if hidden_BTD is not None:
+                logits_BTSC = self._read(hidden_BTD, self._real_tokens(attention_mask, tokens), split)
+            scalings_BTSN = lines.decide(logits_BTSC, tokens, self.config, self.head.linears[0].weight)
+            found.append(Decision(logits_BTSC, scalings_BTSN))
+            if not lines.adds_nothing:
+                self.mix(call, lines, scalings_BTSN)
 
         def at_gate(hidden_BTD: Tensor) -> Tensor | None:
             given = None if head_states is None else head_states.to(hidden_BTD)
@@ -274,37 +213,39 @@ class TwoPassModel(PreTrainedModel):
                 decide(hidden_BTD if given is None else given)
             return given
 
-        call = Call(observer=self._observed.get())
+        if not lines.reads_head:
+            decide(None)
+        elif self._gate is None:
+            decide(self.scaling_pass(inputs, split) if head_states is None else head_states)
         if self._gate is not None:
             call.at_gate = at_gate
             if head_states is not None:
                 call.first, call.in_tuples = self._gate.index, self._gate.gives_tuples()
-        elif lines.reads_head:
-            decide(self.scaling_pass(inputs, split) if head_states is None else head_states)
-        if not lines.reads_head:
-            decided.append(self._decided(call, lines, tokens, None))
         # a pass that adds nothing is the base's own
         alone = lines.adds_nothing and call.observer is None and head_states is None
         with self.mixture.current.running(None if alone else call):
             out = self.base(**inputs, past_key_values=split.mixed if split else None, return_dict=True, **for_base)
         out.past_key_values = past_key_values if use_cache else None
+        (decision,) = found
         if lines.asked:
-            decided[0] = decided[0]._replace(scalings_BTSN=self._answered(call, decided[0].scalings_BTSN))
-        return out, decided[0]
-
-    def _decided(self, call: Call, lines: Routing, tokens: tuple[int, int], logits_BTSC: Tensor | None) -> Decision:
-        """The scalings of the call's tokens, from here on those of its sites."""
-        scalings_BTSN = lines.decide(logits_BTSC, tokens, self.config, self.head.linears[0].weight)
-        if not lines.adds_nothing:
-            self.mix(call, lines, scalings_BTSN)
-        return Decision(logits_BTSC, scalings_BTSN)
+            decision = decision._replace(scalings_BTSN=self._answered(call, decision.scalings_BTSN))
+        return out, decision
 
     def mix(self, call: Call, lines: Routing, scalings_BTSN: Tensor) -> Call:
         """The call with scalings [B, T, S, N] that a routing has decided on, before its global weight."""
-        global_B, weights = lines.global_B(self.config), None
-        if not lines.asked and not torch.is_grad_enabled():
-            weights = self.mixture.spread_over_ranks(times(scalings_BTSN, global_B), lines.most(self.config))
-        return call.decided(scalings_BTSN, global_B=global_B, weights=weights, asked=lines.asked)
+        global_B = lines.global_B(self.config)
+        if lines.asked:
+            return call.with_asked(scalings_BTSN, lines.asked, global_B)
+        return self.weigh(call, times(scalings_BTSN, global_B), lines.most(self.config))
+
+    def weigh(self, call: Call, scalings_BTSN: Tensor, most: int | None) -> Call:
+        """The call with scalings [B, T, S, N] as they are used.
+
+        Args:
+            most: how many experts of a token can have a scaling other than 0 at a site; None: any number.
+        """
+        spread = None if torch.is_grad_enabled() else self.mixture.spread_over_ranks(scalings_BTSN, most)
+        return call.with_scalings(scalings_BTSN, spread)
 
     def scaling_pass(self, inputs: dict[str, Any], split: CacheViews | None) -> Tensor:
         """Hidden state [B, T, D] after the final norm, from the decoder alone: no logits, no gradients, no dropout.
@@ -316,8 +257,8 @@ class TwoPassModel(PreTrainedModel):
         call, weights_N = None, scaling_pass_scalings(self.config, self.head.linears[0].weight)
         if weights_N is not None:
             first = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
-            scalings_BTSN = weights_N.expand(*first.shape[:2], len(self.sites), -1)
-            call = Call().decided(scalings_BTSN, global_B=(self.config.global_scaling_weight,))
+            weights_N = weights_N * self.config.global_scaling_weight
+            call = Call().with_scalings(weights_N.expand(*first.shape[:2], len(self.sites), -1))
         past = split.scaling if split else None
         with torch.no_grad(), _evaluating(self.base), self.mixture.current.running(call):
             hidden: Tensor = self.base.base_model(**inputs, past_key_values=past, return_dict=True).last_hidden_state

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from xloom.call import Current
+from xloom.call import Call, Current, Observer
 from xloom.errors import ConfigError, ScalingsShapeError
 from xloom.experts import LowRank
 from xloom.fused import frozen_mix, narrow_mix
@@ -129,7 +129,7 @@ class Site(nn.Module):
             plain: Tensor = self.base(x, *args, **kwargs)
             return plain
         if call.observer is not None:
-            call.observer(self, x, self.base(x, *args, **kwargs), call.scalings(self, x))
+            return self._observed(call, call.observer, x, args, kwargs)
         known = call.weights
         if known is not None and not args and not kwargs and not torch.is_grad_enabled():
             weights_MR, rows_SR = known.weights_SMR[self.index], known.rows_SR
@@ -144,6 +144,14 @@ class Site(nn.Module):
             if frozen is not None and not torch.is_autocast_enabled(x.device.type):
                 return frozen_mix(x, scalings.to(x.dtype), frozen.W, frozen.b, frozen.A, frozen.B, frozen.spread)
         y: Tensor = self.base(x, *args, **kwargs)
+        return y if scalings is None else y + self.delta(x, scalings, y).to(y.dtype)
+
+    def _observed(
+        self, call: Call, observer: Observer, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        y: Tensor = self.base(x, *args, **kwargs)
+        scalings = call.scalings(self, x)
+        observer(self, x, y, scalings)
         return y if scalings is None else y + self.delta(x, scalings, y).to(y.dtype)
 
     def _frozen_parts(self, x: Tensor, weights: Tensor) -> "_Frozen | None":

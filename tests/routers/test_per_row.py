@@ -94,7 +94,10 @@ def test_refusals(model):
     for rows, router in [(3, routers.PerRow(WEIGHTS[:2])), (1, routers.Oracle(["chem", "mech"]))]:
         with model.routing(router), pytest.raises(ScalingsShapeError, match=f"2 rows.*batch of {rows}"):
             model(prompt(rows, 4))
-    with model.routing(routers.PerRow(WEIGHTS[:, :2])), pytest.raises(ScalingsShapeError, match="2 scalings"):
+    with (
+        model.routing(routers.PerRow(WEIGHTS[:, :2])),
+        pytest.raises(ScalingsShapeError, match="expected 3 weights.*found 2"),
+    ):
         model(prompt(3, 4))
     with model.routing(routers.Oracle(["chem", "cem"])), pytest.raises(UnknownExpertError, match="'cem'"):
         model(prompt(2, 4))

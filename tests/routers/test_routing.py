@@ -1,6 +1,7 @@
 """`Routing`: a value with a line for each row; rows of different kinds share a batch and are as they are alone."""
 
 import copy
+import dataclasses
 import itertools
 
 import pytest
@@ -111,8 +112,8 @@ def test_lines_are_taken_joined_and_repeated(model):
     assert one[1:].lines == one.lines[1:]
     assert Routing.cat([one[:1], one[1:]]) == one
     assert one.repeat(2).lines == tuple(line for line in one.lines for _ in range(2))
-    assert one.for_rows(6) == one.repeat(2)
     assert one.for_rows(3) is one
+    assert one[1] == one[1:2] and [*one] == [one[0], one[1], one[2]]
     single = model.routing_of(routers.Uniform())
     assert single.for_rows(7) is single
     assert model.routing_of(one) is one
@@ -141,7 +142,7 @@ def test_what_is_refused(model):
         ("chem", "expected a router.*'chem'"),
         (3, "expected a router.*found 3"),
         ([routers.PerRow(torch.eye(3))], "row 0: expected one line, found 3"),
-        ([], "a line for each row, found none"),
+        ([], "at least one line, found none"),
     ]:
         with pytest.raises(ConfigError, match=said):
             model(ids, routing=wrong)
@@ -159,6 +160,19 @@ def test_what_is_refused(model):
 def test_a_routing_of_several_rows_is_no_stream(model):
     with pytest.raises(ScalingsShapeError, match="2 rows.*batch of 1"):
         list(model.stream(prompt(1, 4), routing=[routers.XLora()] * 2, max_new_tokens=2))
+
+
+@dataclasses.dataclass
+class Alike(routers.SiteRouter):
+    number: int
+
+    def scalings(self, site, x):
+        return None
+
+
+def test_a_site_router_equals_itself_alone(model):
+    with pytest.raises(ConfigError, match="router Alike.*eq=False"):
+        model(prompt(1, 4), routing=Alike(1))
 
 
 class Odd(routers.SiteRouter):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from xloom import architecture
+from xloom import architecture, wrapping
 from xloom.benchmark.settings import RANDOM
 from xloom.errors import BaseMismatchError, ConfigError, names
 from xloom.experts import CONFIG_FILE, PREFIX, WEIGHTS_FILE
@@ -38,7 +38,7 @@ class Parts:
 
     def own_base(self) -> PreTrainedModel:
         """A base to put modules into, with the very tensors of `base`, and nothing that stops generation early."""
-        model = architecture.plain(self.base)
+        model = wrapping.plain(self.base)
         model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0)
         model.config.eos_token_id = None
         return model

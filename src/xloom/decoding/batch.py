@@ -4,8 +4,8 @@
     batch.join(Request(ids, max_new_tokens=64, routing=Single("chem")))
     while batch: for row, step, end in batch.step(): ...
 
-`write` does that for a list of requests. Drafts are for a row that is alone: see `stream`. Knows nothing of tasks or
-servers. A batch is one thread's; several batches of one model may run at once.
+`write` does that for a list of requests. Drafts are for a row that is alone: see `stream`. A batch is one thread's;
+several batches of one model may run at once. Knows nothing of tasks or servers.
 Letters: B rows  T tokens  S sites  N experts  V vocabulary
 """
 
@@ -15,13 +15,14 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import Cache, EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer
 
 from xloom.cache import for_one_pass, for_two_passes, joined, new_cache, picked, trim
 from xloom.decoding.loop import Chooser, Written
 from xloom.decoding.stream import Detokenizer, Step, prepared, told
-from xloom.errors import ConfigError
+from xloom.errors import ConfigError, RowError
 from xloom.passes import TwoPassModel
 from xloom.routers import Routed, Routing
 from xloom.routers.routing import Line
@@ -67,26 +68,6 @@ class RowStep(NamedTuple):
     end: End | None
 
 
-class Prefix:
-    """The beginning of some prompts, read once for each kind of routing among them."""
-
-    def __init__(self, model: TwoPassModel, ids: Sequence[int], lines: Sequence[Line]) -> None:
-        self.ids, self._cache = tuple(ids), new_cache(model.config)
-        self._place = {line: place for place, line in enumerate(lines)}
-        self.in_two_passes = Routing(tuple(lines)).reads_head
-        ids_BT = torch.tensor([self.ids], device=model.device).expand(len(lines), -1)
-        with torch.no_grad():
-            model(ids_BT, past_key_values=self._cache, logits_to_keep=1, routing=Routing(tuple(lines)))
-
-    def goes_with(self, ids: Sequence[int], line: Line) -> bool:
-        """Whether a prompt begins so, and has tokens after it."""
-        return line in self._place and len(ids) > len(self.ids) and tuple(ids[: len(self.ids)]) == self.ids
-
-    def rows(self, lines: Sequence[Line], device: torch.device) -> Cache:
-        """A cache with a row for each of these lines."""
-        return picked(self._cache, torch.tensor([self._place[line] for line in lines], device=device))
-
-
 class _Row:
     """A request while it is written."""
 
@@ -101,33 +82,104 @@ class _Row:
         ids_1T = torch.tensor([list(request.ids)], dtype=torch.long, device=model.device)
         if not ids_1T.numel():
             raise ConfigError("ids: expected at least one token, found none")
+        window = getattr(model.config.base_text_config, "max_position_embeddings", None)
+        if window is not None and ids_1T.shape[1] + request.max_new_tokens > window:
+            raise ConfigError(
+                f"ids: {ids_1T.shape[1]} tokens and {request.max_new_tokens} new ones are more than the model's window "
+                f"of {window}"
+            )
         options = {"attention_mask": torch.ones_like(ids_1T), "pad_token_id": 0, "do_sample": False, **request.options}
         text = prepared(model, ids_1T, routing, options | {"max_new_tokens": request.max_new_tokens})
         text.check()
         self.number, self.request, self.line = number, request, routing.lines[0]
-        self.ids, self.read, self.text = list(request.ids), len(request.ids), ""
+        self.ids, self.read, self._text = list(request.ids), len(request.ids), ""
         self._detokenizer = Detokenizer(tokenizer)
         ends = text.settings._eos_token_tensor
         self._ends = frozenset() if ends is None else frozenset(ends.view(-1).tolist())
         own = [one for one in text.stop if not isinstance(one, (EosTokenCriteria, MaxLengthCriteria))]
         self._stop = StoppingCriteriaList(own)
-        self.chooser = Chooser(text.process, bool(text.settings.do_sample), request.generator)
-        self.is_plain = not text.process and not self.chooser.samples
+        self._chooser = Chooser(text.process, bool(text.settings.do_sample), request.generator)
+        self._is_plain = not text.process and not self._chooser.samples
 
-    def goes_on(self, token: int, logits_V: Tensor, scalings_SN: Tensor, experts: tuple[str, ...]) -> RowStep:
-        step = told(Written(token, logits_V, logits_V, scalings_SN, False), self._detokenizer, experts)
-        self.ids.append(token)
-        self.text += step.text
-        return RowStep(self.number, step, self._end(token, logits_V))
+    def next_token(self, logits_V: Tensor, likeliest: int) -> int:
+        if self._is_plain:
+            return likeliest
+        return self._chooser.choose(torch.tensor([self.ids], device=logits_V.device), logits_V, None)[0]
+
+    def goes_on(self, written: Written, experts: tuple[str, ...]) -> RowStep:
+        step = told(written, self._detokenizer, experts)
+        self.ids.append(step.token_id)
+        self._text += step.text
+        return RowStep(self.number, step, self._end(step.token_id, written.logits_V))
 
     def _end(self, token: int, logits_V: Tensor) -> End | None:
         if token in self._ends:
             return "end"
-        if self.request.stop is not None and self.request.stop(self.text):
+        if self.request.stop is not None and self.request.stop(self._text):
             return "stop"
         if self._stop and bool(self._stop(torch.tensor([self.ids], device=logits_V.device), logits_V[None])[0]):
             return "stop"
         return "length" if len(self.ids) - self.read >= self.request.max_new_tokens else None
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows that have been read: their attention mask [B, T], their cache, who decides for each."""
+
+    model: TwoPassModel
+    rows: tuple[_Row, ...]
+    mask_BT: Tensor
+    cache: Cache
+    routing: Routing
+
+    def with_passes(self, head: bool) -> Cache:
+        """The cache as rows that read the head want it, or as those that do not."""
+        if head == self.routing.reads_head:
+            return self.cache
+        if head:
+            return for_two_passes(self.cache, self.model.config, self.model.head.pool_like)
+        return for_one_pass(self.cache, self.model.config)
+
+    def and_others(self, others: "_Rows") -> "_Rows":
+        """All of them, those with fewer tokens padded on the left."""
+        routing = Routing.cat([self.routing, others.routing])
+        width = max(self.mask_BT.shape[1], others.mask_BT.shape[1])
+        masks = [pad(part.mask_BT, (width - part.mask_BT.shape[1], 0)) for part in (self, others)]
+        cache = joined([part.with_passes(routing.reads_head) for part in (self, others)])
+        return _Rows(self.model, (*self.rows, *others.rows), torch.cat(masks), cache, routing)
+
+    def at(self, places: Sequence[int]) -> "_Rows | None":
+        """The rows at these places, without the padding that only others needed; None for no row."""
+        if not places or len(places) == len(self.rows):
+            return self if places else None
+        index, routing = torch.tensor(places, device=self.mask_BT.device), self.routing[places]
+        mask_BT, cache = self.mask_BT[index], picked(self.with_passes(routing.reads_head), index)
+        spare = int(mask_BT.any(dim=0).int().argmax())
+        trim(cache, spare)
+        return _Rows(self.model, tuple(self.rows[place] for place in places), mask_BT[:, spare:], cache, routing)
+
+
+class Prefix:
+    """The beginning of some prompts, read once for each kind of routing among them."""
+
+    def __init__(self, model: TwoPassModel, ids: Sequence[int], lines: Sequence[Line]) -> None:
+        self.ids, self._model = tuple(ids), model
+        self._place = {line: place for place, line in enumerate(lines)}
+        routing, cache = Routing(tuple(lines)), new_cache(model.config)
+        ids_BT = torch.tensor([self.ids], device=model.device).expand(len(lines), -1)
+        with torch.no_grad():
+            model(ids_BT, past_key_values=cache, logits_to_keep=1, routing=routing)
+        self._read = _Rows(model, (), torch.ones_like(ids_BT), cache, routing)
+
+    def goes_with(self, row: "_Row") -> bool:
+        """Whether a row's prompt begins so, and has tokens after it."""
+        size = len(self.ids)
+        return row.line in self._place and len(row.ids) > size and tuple(row.ids[:size]) == self.ids
+
+    def cache_of(self, rows: Sequence["_Row"], routing: Routing) -> Cache:
+        """A cache with what each of these rows begins with."""
+        places = torch.tensor([self._place[row.line] for row in rows], device=self._model.device)
+        return picked(self._read.with_passes(routing.reads_head), places)
 
 
 class Batch:
@@ -149,15 +201,15 @@ class Batch:
     ) -> None:
         self._model, self._tokenizer, self._batch_tokens, self._prefix = model, tokenizer, batch_tokens, prefix
         self._waiting: list[_Row] = []
-        self._rows: list[_Row] = []
+        self._written: _Rows | None = None
         self._joined = 0
-        self._mask_BT: Tensor
-        self._cache: Cache
-        self._routing: Routing
+        self._failed: list[RowError] = []
+        self._kept: list[RowStep] = []  # of the step in which a row failed
 
     def __len__(self) -> int:
-        """Rows that are written or wait to be."""
-        return len(self._rows) + len(self._waiting)
+        """Rows that are written or wait to be; 0 when there is nothing more to come."""
+        written = 0 if self._written is None else len(self._written.rows)
+        return len(self._waiting) + written + len(self._failed) + len(self._kept)
 
     def join(self, request: Request) -> int:
         """Takes a request in, to be read at the next step; returns the row's number.
@@ -173,100 +225,78 @@ class Batch:
     def leave(self, number: int) -> None:
         """Takes a row out, whatever it lacks; nothing happens if it has ended before."""
         self._waiting = [row for row in self._waiting if row.number != number]
-        self._keep([place for place, row in enumerate(self._rows) if row.number != number])
+        self._keep(lambda row: row.number != number)
 
     @torch.no_grad()
     def step(self) -> list[RowStep]:
-        """The next token of every row; those that have ended are no longer there."""
-        found = self._go_on() if self._rows else []
-        while self._waiting:
-            found += self._admit()
-        return found
+        """The next token of every row; those that have ended are no longer there.
 
-    def _go_on(self) -> list[RowStep]:
-        last = torch.tensor([row.ids[-1:] for row in self._rows], device=self._model.device)
-        self._mask_BT = torch.nn.functional.pad(self._mask_BT, (0, 1), value=1)
-        out = _forward(self._model, last, self._mask_BT, self._cache, self._routing)
-        steps = self._choose(self._rows, out)
-        self._keep([place for place, step in enumerate(steps) if step.end is None])
+        Raises:
+            RowError: a row's own stop or logits processor has failed. The row is out; what the others got comes with
+                the next call, and the batch goes on. (After an error of the model itself the batch is of no use.)
+        """
+        steps, self._kept = self._kept, []
+        if not steps and not self._failed:
+            if self._written is not None:
+                steps += self._go_on(self._written)
+            while self._waiting:
+                steps += self._admit()
+        if self._failed:
+            self._kept = steps
+            raise self._failed.pop(0)
         return steps
+
+    def _go_on(self, written: _Rows) -> list[RowStep]:
+        last = torch.tensor([row.ids[-1:] for row in written.rows], device=self._model.device)
+        written = replace(written, mask_BT=pad(written.mask_BT, (0, 1), value=1))
+        return self._next(written, _forward(self._model, last, written.mask_BT, written.cache, written.routing))
 
     def _admit(self) -> list[RowStep]:
         """Reads prompts that wait, as many as one forward takes, and chooses their first tokens."""
-        prefix = self._prefix
-        with_prefix = prefix is not None and prefix.goes_with(self._waiting[0].request.ids, self._waiting[0].line)
-        skipped = len(prefix.ids) if prefix is not None and with_prefix else 0
+        prefix, first = self._prefix, self._waiting[0]
+        if prefix is not None and not prefix.goes_with(first):
+            prefix = None
+        skipped = 0 if prefix is None else len(prefix.ids)
         rows: list[_Row] = []
         for row in self._waiting:
             longest = max(one.read for one in [*rows, row]) - skipped
             if rows and longest * (len(rows) + 1) > self._batch_tokens:
                 break
-            if prefix is None or prefix.goes_with(row.request.ids, row.line) == with_prefix:
+            if self._prefix is None or self._prefix.goes_with(row) == (prefix is not None):
                 rows.append(row)
         self._waiting = [row for row in self._waiting if row not in rows]
         routing, device = Routing(tuple(row.line for row in rows)), self._model.device
         ids_BT, mask_BT = padded([row.ids[skipped:] for row in rows], device)
         cache = new_cache(self._model.config)
-        if prefix is not None and with_prefix:
-            mask_BT = torch.nn.functional.pad(mask_BT, (skipped, 0), value=1)
-            cache = prefix.rows([row.line for row in rows], device)
-            cache = self._with_passes(cache, prefix.in_two_passes, routing.reads_head)
+        if prefix is not None:
+            mask_BT, cache = pad(mask_BT, (skipped, 0), value=1), prefix.cache_of(rows, routing)
         out = _forward(self._model, ids_BT, mask_BT, cache, routing)
-        steps = self._choose(rows, out)
-        self._merge(rows, mask_BT, cache, routing)
-        ended = {step.row for step in steps if step.end is not None}
-        self._keep([place for place, row in enumerate(self._rows) if row.number not in ended])
-        return steps
+        return self._next(_Rows(self._model, tuple(rows), mask_BT, cache, routing), out)
 
-    def _choose(self, rows: Sequence[_Row], out: Any) -> list[RowStep]:
+    def _next(self, read: _Rows, out: Any) -> list[RowStep]:
+        """The tokens that a forward gives its rows, which then are those that are written, beside the others."""
         logits_BV, scalings_BSN = out.logits[:, -1], out.scalings[:, -1].clone()
-        likeliest = logits_BV.argmax(dim=-1).tolist()
-        steps = []
-        for row, logits_V, scalings_SN, token in zip(rows, logits_BV, scalings_BSN, likeliest, strict=True):
-            if not row.is_plain:
-                ids_1T = torch.tensor([row.ids], device=logits_V.device)
-                token, _ = row.chooser.choose(ids_1T, logits_V, None)
-            steps.append(row.goes_on(token, logits_V, scalings_SN, self._model.experts))
+        steps, going = [], set()
+        for place, (row, token) in enumerate(zip(read.rows, logits_BV.argmax(dim=-1).tolist(), strict=True)):
+            logits_V = logits_BV[place]
+            try:
+                token = row.next_token(logits_V, token)
+                written = Written(token, logits_V, logits_V, scalings_BSN[place], False)
+                steps.append(row.goes_on(written, self._model.experts))
+            except Exception as error:  # of what the request brought; other rows know nothing of it
+                self._failed.append(RowError(row.number, error))
+                continue
+            if steps[-1].end is None:
+                going.add(row.number)
+        others = self._written if self._written is not None and read.rows[0] not in self._written.rows else None
+        self._written = read if others is None else others.and_others(read)
+        mine = {row.number for row in read.rows}
+        self._keep(lambda row: row.number in going or row.number not in mine)
         return steps
 
-    # --- rows of the cache ---
-
-    def _merge(self, rows: list[_Row], mask_BT: Tensor, cache: Cache, routing: Routing) -> None:
-        if not self._rows:
-            self._rows, self._mask_BT, self._cache, self._routing = rows, mask_BT, cache, routing
-            return
-        both = Routing.cat([self._routing, routing])
-        caches = [
-            self._with_passes(part, its.reads_head, both.reads_head)
-            for part, its in ((self._cache, self._routing), (cache, routing))
-        ]
-        width = max(self._mask_BT.shape[1], mask_BT.shape[1])
-        masks = [torch.nn.functional.pad(part, (width - part.shape[1], 0)) for part in (self._mask_BT, mask_BT)]
-        self._rows, self._mask_BT = [*self._rows, *rows], torch.cat(masks)
-        self._cache, self._routing = joined(caches), both
-
-    def _keep(self, places: Sequence[int]) -> None:
-        """Rows at these places stay; padding that only the others needed goes with them."""
-        if len(places) == len(self._rows):
-            return
-        self._rows = [self._rows[place] for place in places]
-        if not self._rows:
-            del self._cache, self._mask_BT, self._routing
-            return
-        index = torch.tensor(places, device=self._mask_BT.device)
-        mask_BT, before = self._mask_BT[index], self._routing.reads_head
-        self._routing = self._routing[places]
-        self._cache = self._with_passes(picked(self._cache, index), before, self._routing.reads_head)
-        if spare := int(mask_BT.any(dim=0).int().argmax()):
-            trim(self._cache, spare)
-        self._mask_BT = mask_BT[:, spare:]
-
-    def _with_passes(self, cache: Cache, has: bool, wants: bool) -> Cache:
-        """A cache as the head's passes leave it, or as a single one does."""
-        config = self._model.config
-        if has == wants:
-            return cache
-        return for_two_passes(cache, config, self._model.head.pool_like) if wants else for_one_pass(cache, config)
+    def _keep(self, stays: Callable[[_Row], bool]) -> None:
+        if self._written is not None:
+            self._written = self._written.at([i for i, row in enumerate(self._written.rows) if stays(row)])
 
 
 @torch.no_grad()

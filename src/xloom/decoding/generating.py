@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Self, final
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from xloom.cache import new_cache
+from xloom.call import Observer
 from xloom.decoding.loop import Chooser, Policy, Tally, Written, write
 from xloom.decoding.steppers import Begun, OnePass, Stepper
 from xloom.errors import ConfigError
@@ -63,8 +64,8 @@ class Decoding(ABC):
         """Raises ConfigError for batches, beams, attentions or hidden states in the output."""
         streamer = model_kwargs.pop("streamer", None)
         texts, written = [input_ids], list[Written]()
-        text = Text(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
-        for one in text.written(self, self.generator, model.current_log):
+        text = Text.of(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+        for one in text.written(self, self.generator):
             written.append(one)
             texts.append(input_ids.new_tensor([[one.token]]))
             if streamer is not None:
@@ -92,13 +93,15 @@ class Plain(Decoding):
 
 @dataclass
 class Text:
-    """One text that is to be written, as `generate` hands it to its decoding methods.
+    """One text to be written, with everything `generate` has prepared for it, and what holds where it was prepared.
 
     Args:
         input_ids: [1, T].
         process, stop: logits processors and stopping criteria.
         settings: `generate`'s own, made of all that was asked for.
         inputs: what goes with the model's forward, `routing` among it.
+        log: where scalings are logged, if anywhere.
+        observer: is shown every site of a mixed pass.
     """
 
     model: TwoPassModel
@@ -107,6 +110,21 @@ class Text:
     stop: StoppingCriteriaList
     settings: GenerationConfig
     inputs: dict[str, Any]
+    log: ScalingsLog | None
+    observer: Observer | None
+
+    @classmethod
+    def of(
+        cls,
+        model: TwoPassModel,
+        input_ids: Tensor,
+        process: LogitsProcessorList,
+        stop: StoppingCriteriaList,
+        settings: GenerationConfig,
+        inputs: dict[str, Any],
+    ) -> Self:
+        """With the log and the observer of the blocks around."""
+        return cls(model, input_ids, process, stop, settings, inputs, model.current_log, model.current_observer)
 
     def check(self) -> None:
         """Raises ConfigError for batches, beams, no cache, no ids, attentions or hidden states in the output."""
@@ -132,12 +150,11 @@ class Text:
                 raise ConfigError(said)
 
     @torch.no_grad()
-    def written(self, how: Decoding, generator: torch.Generator | None, log: ScalingsLog | None) -> Generator[Written]:
+    def written(self, how: Decoding, generator: torch.Generator | None) -> Generator[Written]:
         """Tokens after the prompt, until `stop` says so.
 
         Args:
             generator: draws them.
-            log: where scalings are logged, if anywhere.
 
         Raises:
             ConfigError: as `Decoding.__call__`.
@@ -147,7 +164,7 @@ class Text:
         routing = self.model.routing_of(self.inputs.get("routing")).for_rows(1)
         how.check(self.model, routing)
         chooser = Chooser(self.process, bool(settings.do_sample), generator)
-        with self._started(how, routing, log) as (stepper, last):
+        with self._started(how, routing) as (stepper, last):
             token, scores_V = chooser.choose(ids, last.logits_V, None)
             first = last._replace(token=token, scores_V=scores_V)
             text = torch.cat([ids, ids.new_tensor([[token]])], dim=1)
@@ -168,7 +185,7 @@ class Text:
                 more.close()
 
     @contextmanager
-    def _started(self, how: Decoding, routing: Routing, log: ScalingsLog | None) -> Iterator[tuple[Stepper, Written]]:
+    def _started(self, how: Decoding, routing: Routing) -> Iterator[tuple[Stepper, Written]]:
         """The prompt in the cache, and what it says comes next."""
         model, inputs = self.model, self.inputs
         cache = inputs.get("past_key_values")
@@ -177,15 +194,16 @@ class Text:
         inputs["past_key_values"] = cache
         mask, held = inputs.get("attention_mask"), int(cache.get_seq_length())
         positions = {} if mask is None else {name: of[:, held:] for name, of in model.positions(mask).items()}
-        with model.unlogged():
+        with model.unlogged(), model.observing_sites(self.observer):
             out = model(
                 self.input_ids[:, held:], attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1,
                 routing=routing, **positions,
             )  # fmt: skip
-        if log is not None:
-            log.append(out.scalings)
+        if self.log is not None:
+            self.log.append(out.scalings)
         last = Written(0, out.logits[0, -1], out.logits[0, -1], out.scalings[0, -1], False)
-        stepper = how.stepper(Begun(model, cache, self.input_ids.shape[1], mask, last.scalings_SN, routing, log))
+        length = self.input_ids.shape[1]
+        stepper = how.stepper(Begun(model, cache, length, mask, last.scalings_SN, routing, self.log, self.observer))
         try:
             yield stepper, last
         finally:

@@ -14,9 +14,9 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from xloom import architecture
+from xloom import architecture, wrapping
 from xloom.cache import CacheViews, views
-from xloom.call import Call
+from xloom.call import Call, times
 from xloom.decoding import working
 from xloom.decoding.attention import GROUPED
 from xloom.decoding.steppers import Begun, Stepped, Stepper
@@ -72,7 +72,7 @@ class Joint(Stepper):
         head = model.get_output_embeddings()
         self._parted = _Parted(head, model.adapts_lm_head)
         attends = model.base.config.get_text_config(decoder=True)._attn_implementation
-        self._base = architecture.with_modules(
+        self._base = wrapping.with_modules(
             model.base, {head: self._parted}, attention=GROUPED if attends == "sdpa" else None
         )
 
@@ -96,12 +96,16 @@ class Joint(Stepper):
         passes[scaling] = working.SCALING
         ids = torch.tensor([[*window, *window[again:]]], device=device)
         scalings = torch.cat([used_WSN, used_WSN[again:]])
-        weights_N = scaling_pass_scalings(self.model.config, self.model.head.linears[0].weight)
-        scalings[scaling] = 0.0 if weights_N is None else weights_N
+        config, model = self.model.config, self.model
+        # tokens of the scaling pass have its scalings, whatever the routing says of the others
+        weights_N = scaling_pass_scalings(config, model.head.linears[0].weight)
+        used = times(scalings[None], self.routing.global_B(config)).clone()
+        used[:, scaling] = 0.0 if weights_N is None else weights_N * config.global_scaling_weight
+        most = self.routing.most(config) if weights_N is None else None
         self._parted.scaling = scaling
         self._parted.mixed = passes == working.MIXED
-        call = self.model.mix(Call(), self.routing, scalings[None])
-        with torch.no_grad(), self.model.mixture.current.running(call):
+        call = model.weigh(Call(observer=self.observer), used, most)
+        with torch.no_grad(), model.mixture.current.running(call):
             out = self._base(
                 input_ids=ids,
                 position_ids=(positions - self._padding)[None],

@@ -80,7 +80,7 @@ class _Held(Stepper):
             self._decide(self.length + len(window))
         scalings_WSN = self._newest_SN.expand(len(window), -1, -1)
         model = self.model
-        call = model.mix(Call(), self.routing, scalings_WSN[None])
+        call = model.mix(Call(observer=self.observer), self.routing, scalings_WSN[None])
         with model.mixture.current.running(call):
             inputs = self._inputs(window, self.length + len(window))
             out = model.base(**inputs, past_key_values=self._split.mixed, return_dict=True)

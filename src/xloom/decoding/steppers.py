@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from xloom.call import Observer
 from xloom.decoding import working
 from xloom.passes import TwoPassModel
 from xloom.routers import Routing
@@ -40,6 +41,7 @@ class Begun:
         last_SN: scalings of the last token in the cache.
         routing: who decides, for the one row, for as long as the text is written.
         log: where the scalings of tokens that are kept go.
+        observer: is shown every site of a mixed pass.
     """
 
     model: TwoPassModel
@@ -49,6 +51,7 @@ class Begun:
     last_SN: Tensor
     routing: Routing
     log: ScalingsLog | None = None
+    observer: Observer | None = None
 
 
 class Stepper(ABC):
@@ -62,7 +65,8 @@ class Stepper(ABC):
     """
 
     def __init__(self, begun: Begun) -> None:
-        self.model, self.length, self.routing, self._log = begun.model, begun.length, begun.routing, begun.log
+        self.model, self.length, self.routing = begun.model, begun.length, begun.routing
+        self.observer, self._log = begun.observer, begun.log
         self._started = begun.length
 
     def log(self, scalings_TSN: Tensor) -> None:
@@ -104,7 +108,7 @@ class OnePass(Stepper):
             inputs["attention_mask"] = torch.cat([self._mask, more], dim=1)
             positions = self.model.positions(inputs["attention_mask"])
             inputs |= {name: of[:, -len(window) :] for name, of in positions.items()}
-        with self.model.unlogged():
+        with self.model.unlogged(), self.model.observing_sites(self.observer):
             out = self.model(**inputs, past_key_values=self._cache, use_cache=True, routing=self.routing)
         self._scalings_WSN = out.scalings[0]
         return Stepped(out.logits[0], out.scalings[0], len(window))

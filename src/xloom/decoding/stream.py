@@ -88,10 +88,13 @@ def prepared(model: Any, input_ids: Tensor, routing: Routing, options: Mapping[s
         generation_config: Any,
         **inputs: Any,
     ) -> Tensor:
-        found.append(Text(model, input_ids, logits_processor, stopping_criteria, generation_config, inputs))
+        found.append(Text.of(model, input_ids, logits_processor, stopping_criteria, generation_config, inputs))
         return input_ids
 
-    model.generate(input_ids, routing=routing, custom_generate=prepare, **options)
+    try:
+        model.generate(input_ids, routing=routing, custom_generate=prepare, **options)
+    except ValueError as error:  # transformers' own words for options that it does not know
+        raise ConfigError(f"options: {' '.join(str(error).split())}") from None
     return found[0]
 
 
@@ -119,7 +122,7 @@ def steps(
     if ends and tokenizer is None:
         raise ConfigError(f"stop_strings={ends!r}: expected a tokenizer to find them with, found none")
     text = prepared(model, input_ids, model.routing_of(routing), options)
-    written = text.written(how, how.generator if generator is None else generator, model.current_log)
+    written = text.written(how, how.generator if generator is None else generator)
     return _told(written, Detokenizer(tokenizer), ends, model.experts)
 
 
@@ -138,5 +141,6 @@ def _told(
 
 def told(one: Written, detokenizer: Detokenizer, experts: tuple[str, ...]) -> Step:
     """A step of what was written."""
-    logprob = float(torch.log_softmax(one.logits_V.float(), dim=-1)[one.token])
+    logits_V = one.logits_V.float()
+    logprob = float(logits_V[one.token] - logits_V.logsumexp(dim=-1))
     return Step(one.token, detokenizer.add(one.token), logprob, one.scalings_SN, one.from_draft, experts)

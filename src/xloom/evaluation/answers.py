@@ -72,7 +72,7 @@ def answers(
     totals: dict[int, Tensor] = {}
     done: dict[int, Answer] = {}
     for place, step, end in write(model, tokenizer, requests, batch_tokens=batch_tokens, share_prefix=share_prefix):
-        weights_N = step.scalings.float().mean(dim=0).cpu()
+        weights_N = step.scalings.float().mean(dim=0)
         ids.setdefault(place, []).append(step.token_id)
         totals[place] = totals[place] + weights_N if place in totals else weights_N
         if end is None:
@@ -119,6 +119,7 @@ def losses(
 
 
 def _each(model: XLoraForCausalLM, routing: Routed | None, count: int) -> list[Routing]:
+    """The routing of each prompt."""
     lines = model.routing_of(routing).for_rows(count)
     return [lines] * count if len(lines) < count else [lines[[row]] for row in range(count)]
 

@@ -74,7 +74,8 @@ class Precomputed(Router):
 class PerRow(Router):
     """Weights [B, N], one line for each row of the batch: a decision per sequence, made beforehand.
 
-    Nothing is kept from token to token, so any cache and any way of decoding goes with it.
+    Nothing is kept from token to token, so any cache and any way of decoding goes with it. No gradient reaches the
+    weights; `Precomputed` passes them on.
 
     Raises:
         ScalingsShapeError: at once, if the weights are no such table; at the first forward, if the model has another
@@ -88,7 +89,9 @@ class PerRow(Router):
 
     def routing(self, experts: Sequence[str], sites: Sequence[str]) -> Routing:
         if self.weights_BN.shape[1] != len(experts):
-            raise ScalingsShapeError(f"{self.weights_BN.shape[1]} scalings per token for {len(experts)} experts")
+            raise ScalingsShapeError(
+                f"PerRow: expected {len(experts)} weights per row, one an expert, found {self.weights_BN.shape[1]}"
+            )
         return Routing(tuple(Line(Given(tuple(map(float, weights)))) for weights in self.weights_BN.tolist()))
 
 

@@ -116,6 +116,11 @@ class Line:
     decider: Decider
     global_weight: float | None = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.decider, SiteRouter) and type(self.decider).__hash__ is not object.__hash__:
+            name = type(self.decider).__name__
+            raise ConfigError(f"router {name}: expected one that equals itself alone; for a dataclass, write eq=False")
+
 
 @final
 @dataclass(frozen=True)
@@ -123,8 +128,7 @@ class Routing:
     """Who decides the scalings of each row of a batch.
 
     Attributes:
-        lines: one for every row. A single one stands for all rows of whatever batch; k times as many rows as lines are
-            k copies of each, side by side, as `generate` makes them for beams and for several answers to one prompt.
+        lines: one for every row; a single one stands for all rows of whatever batch.
 
     Raises:
         ConfigError: no line.
@@ -136,20 +140,22 @@ class Routing:
 
     def __post_init__(self) -> None:
         if not self.lines:
-            raise ConfigError("a routing needs a line for each row, found none")
-        found: dict[Decider, list[int]] = {}
+            raise ConfigError("routing: expected at least one line, found none")
+        found: dict[Any, tuple[Decider, list[int]]] = {}
         for row, line in enumerate(self.lines):
-            found.setdefault(line.decider, []).append(row)
-        groups: list[tuple[Decider, list[int] | None]] = list(found.items())
+            key = Replay if isinstance(line.decider, Replay) else line.decider  # replays are stacked
+            found.setdefault(key, (line.decider, []))[1].append(row)
+        groups: list[tuple[Decider, list[int] | None]] = list(found.values())
         object.__setattr__(self, "_groups", tuple(groups) if len(groups) > 1 else ((groups[0][0], None),))
 
     def __len__(self) -> int:
         return len(self.lines)
 
-    def __getitem__(self, rows: slice | Iterable[int]) -> "Routing":
-        """The lines of some rows."""
-        picked = self.lines[rows] if isinstance(rows, slice) else tuple(self.lines[row] for row in rows)
-        return Routing(picked)
+    def __getitem__(self, rows: int | slice | Iterable[int]) -> "Routing":
+        """The lines of a row, or of some rows."""
+        if isinstance(rows, int):
+            return Routing((self.lines[rows],))
+        return Routing(self.lines[rows] if isinstance(rows, slice) else tuple(self.lines[row] for row in rows))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self  # nothing of it changes
@@ -171,22 +177,17 @@ class Routing:
         """With a line for each of `count` rows, or a single one for all.
 
         Raises:
-            ScalingsShapeError: the batch is not made of these rows.
+            ScalingsShapeError: there are others.
         """
-        if len(self.lines) == count:
-            return self
         replayed = next((one for one, _ in self._groups if isinstance(one, Replay)), None)
+        if len(self.lines) == count or (len(self.lines) == 1 and replayed is None):
+            return self
         if replayed is not None:
             found = (len(self.lines), len(replayed.scalings_TSN))
             raise ScalingsShapeError(f"scalings for a batch of {found} tokens, found {count} rows")
-        if len(self.lines) == 1:
-            return self
-        if not count or count % len(self.lines):
-            raise ScalingsShapeError(
-                f"routing for {len(self.lines)} rows, found a batch of {count}; expected the same rows, or each of "
-                "them as often as the others"
-            )
-        return self.repeat(count // len(self.lines))
+        raise ScalingsShapeError(
+            f"routing for {len(self.lines)} rows, found a batch of {count}; expected one line, or {count}"
+        )
 
     @property
     def reads_head(self) -> bool:
@@ -226,18 +227,26 @@ class Routing:
         Raises:
             ScalingsShapeError: a replay of other tokens, sites or experts.
         """
-        parts = []
+        sites, experts = len(config.sites or ()), len(config.experts or ())
+        out = None
         for decider, rows in self._groups:
-            if isinstance(decider, Replay):
-                _check_replay(decider.scalings_TSN, tokens, len(config.sites or ()), len(config.experts or ()))
+            mine = self.lines if rows is None else [self.lines[row] for row in rows]
             count = tokens[0] if rows is None else len(rows)
-            logits = logits_BTSC if rows is None or logits_BTSC is None else logits_BTSC[rows]
-            parts.append(_decided(decider, logits, (count, tokens[1]), config, like))
-        if len(parts) == 1:
-            return parts[0]
-        order = torch.tensor([row for _, rows in self._groups for row in rows or ()], device=parts[0].device)
-        dtype = max((part.dtype for part in parts), key=lambda dtype: dtype.itemsize)
-        return torch.cat([part.to(dtype) for part in parts]).index_select(0, order.argsort())
+            if isinstance(decider, Head):
+                assert logits_BTSC is not None, "the head has been asked before"
+                part = decider.scalings(logits_BTSC if rows is None else logits_BTSC[rows], config)
+            elif isinstance(decider, Replay):
+                part = _replayed(mine, tokens, sites, experts).to(like.device)
+            elif isinstance(decider, Given) and not decider.adds_nothing:
+                part = like.new_tensor(decider.weights).expand(count, tokens[1], sites, -1)
+            else:
+                part = like.new_zeros(()).expand(count, tokens[1], sites, experts)
+            if rows is None:
+                return part
+            out = like.new_zeros(*tokens, sites, experts) if out is None else out
+            out[rows] = part.to(out.dtype)
+        assert out is not None
+        return out
 
 
 def _most(decider: Decider, config: XLoraConfig) -> int | None:
@@ -246,32 +255,17 @@ def _most(decider: Decider, config: XLoraConfig) -> int | None:
     return sum(weight != 0 for weight in decider.weights) if isinstance(decider, Given) else None
 
 
-def _decided(
-    decider: Decider,
-    logits_BTSC: Tensor | None,
-    tokens: tuple[int, int],
-    config: XLoraConfig,
-    like: Tensor,
-) -> Tensor:
-    if isinstance(decider, Head):
-        assert logits_BTSC is not None, "the head has decided before"
-        return decider.scalings(logits_BTSC, config)
-    sites, experts = len(config.sites or ()), len(config.experts or ())
-    if isinstance(decider, Replay):
-        return decider.scalings_TSN.to(like.device).expand(tokens[0], -1, -1, -1)
-    if isinstance(decider, SiteRouter) or decider.adds_nothing:
-        return like.new_zeros(()).expand(*tokens, sites, experts)
-    return like.new_tensor(decider.weights).expand(*tokens, sites, -1)
-
-
-def _check_replay(scalings_TSN: Tensor, tokens: tuple[int, int], sites: int, experts: int) -> None:
-    count, its_sites, its_experts = scalings_TSN.shape
-    if count != tokens[1]:
-        raise ScalingsShapeError(f"scalings for a batch of {(tokens[0], count)} tokens, found one of {tokens}")
-    if its_sites != sites:
-        raise ScalingsShapeError(f"scalings for {its_sites} sites, the model has {sites}")
-    if its_experts != experts:
-        raise ScalingsShapeError(f"{its_experts} scalings per token for {experts} experts")
+def _replayed(lines: Sequence[Line], tokens: tuple[int, int], sites: int, experts: int) -> Tensor:
+    found = [line.decider.scalings_TSN for line in lines if isinstance(line.decider, Replay)]
+    for scalings_TSN in found:
+        count, its_sites, its_experts = scalings_TSN.shape
+        if count != tokens[1]:
+            raise ScalingsShapeError(f"scalings for a batch of {(tokens[0], count)} tokens, found one of {tokens}")
+        if its_sites != sites:
+            raise ScalingsShapeError(f"scalings for {its_sites} sites, the model has {sites}")
+        if its_experts != experts:
+            raise ScalingsShapeError(f"{its_experts} scalings per token for {experts} experts")
+    return torch.stack(found)
 
 
 Routed = Router | Routing | Sequence[Router | Routing]
