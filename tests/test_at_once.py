@@ -1,7 +1,9 @@
 """Several calls of one model at once: every text is that of the same call alone."""
 
 import asyncio
+import contextvars
 import copy
+import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -13,8 +15,8 @@ import torch
 
 import xloom
 from tiny import make_expert, prompt, tiny_base
-from xloom import XLoraForCausalLM, routers
-from xloom.decoding import Step
+from xloom import Expert, XLoraForCausalLM, routers
+from xloom.decoding import Refreshing, Step
 
 NEW = 8
 FORMS = {
@@ -108,10 +110,21 @@ def test_drafts_and_texts_that_are_refreshed(model):
         ways += [lambda: xloom.refreshing(every=3)]
 
     def write(number: int) -> list[int]:
-        router = routers.XLora(without=[["chem"], ["mech"], ["prot"]][number % 3])
-        return greedy(model, number, custom_generate=ways[number % len(ways)](), routing=router)
+        way = ways[number % len(ways)]()
+        router = ROUTERS[number % (4 if isinstance(way, Refreshing) else len(ROUTERS))]()
+        return greedy(model, number, custom_generate=way, routing=router)
 
     check([lambda n=n: write(n) for n in range(12)])
+
+
+def test_drafts_change_nothing(model):
+    for number, make in enumerate(ROUTERS):
+        ids, router = prompt(1, 6, number), make()
+        plain = list(model.stream(ids, max_new_tokens=NEW, routing=router))
+        fast = list(model.stream(ids, max_new_tokens=NEW, routing=router, speculative=True))
+        assert [step.token_id for step in fast] == [step.token_id for step in plain]
+        for one, other in zip(fast, plain, strict=True):
+            torch.testing.assert_close(one.scalings, other.scalings, rtol=0, atol=1e-4)
 
 
 def test_streams_logs_and_forwards(model):
@@ -242,6 +255,50 @@ def test_a_thread_starts_without_the_block_of_another(model):
         assert greedy(model, 2) == greedy(model, 2, routing=routers.BaseOnly())
 
 
+def test_a_block_in_a_generator_ends_wherever_it_is_read(model):
+    def texts() -> Iterator[list[int]]:
+        with model.routing(routers.Single("chem")):
+            yield greedy(model, 1)
+            yield greedy(model, 2)
+
+    for contexts in itertools.product([contextvars.copy_context()], [contextvars.copy_context()], repeat=1):
+        reader = texts()
+        assert contexts[0].run(next, reader) == greedy(model, 1, routing=routers.Single("chem"))
+        contexts[1].run(list, reader)
+    assert isinstance(model.router, routers.XLora)
+
+
+def test_what_is_made_of_the_base_beside_is_another_model(model):
+    """Converted, unfrozen, changed and trained, it leaves the model as it is."""
+    before, base = greedy(model, 3), model.plain_base()
+    ids = prompt(1, 6)
+    with torch.no_grad():
+        assert torch.equal(base(ids).logits, model(ids, routing=routers.BaseOnly()).logits)
+    tied = base.get_input_embeddings().weight is base.get_output_embeddings().weight
+    theirs = model.base
+    assert tied == (theirs.get_input_embeddings().weight is theirs.get_output_embeddings().weight)
+    base.requires_grad_(True).half()
+    base.lm_head.weight = torch.nn.Parameter(torch.zeros_like(base.lm_head.weight))
+    assert greedy(model, 3) == before
+    assert not any(p.requires_grad for p in model.base.parameters()) and model.base.dtype == torch.float32
+
+
+def test_gradient_checkpointing_of_a_copy(model):
+    model.gradient_checkpointing_enable()
+    ids = prompt(2, 6)
+    for twin in (copy.deepcopy(model), model):
+        twin.train()
+        twin(ids, use_cache=False).logits.square().sum().backward()
+        assert twin.head.linears[0].weight.grad.abs().max() > 0
+    other = XLoraForCausalLM.from_experts(model.plain_base(), {"e": model_expert(model)})
+    other.train()(ids, use_cache=False).logits.square().sum().backward()
+
+
+def model_expert(model: XLoraForCausalLM) -> Expert:
+    modules = model.mixture.experts_of_sites()[1]
+    return Expert("e", model.expert_configs["mech"], modules)
+
+
 def test_a_copy_is_another_model(model):
     with model.routing(routers.BaseOnly()):
         twin = copy.deepcopy(model)
@@ -251,17 +308,19 @@ def test_a_copy_is_another_model(model):
 
 
 def test_what_an_observer_sees_is_its_own_call(model):
-    seen: dict[str, set[str]] = {"mine": set(), "its": set()}
+    def watch(**options: Any) -> list[str]:
+        seen: list[tuple[int, str]] = []
+        with model.observing_sites(lambda site, *_: seen.append((threading.get_ident(), site.name))):
+            greedy(model, 1, **options)
+        assert {thread for thread, _ in seen} == {threading.get_ident()}
+        return [name for _, name in seen]
 
-    def watch(name: str) -> list[int]:
-        with model.observing_sites(lambda site, *_: seen[name].add(threading.current_thread().name)):
-            return greedy(model, 1)
-
-    check([lambda: watch("mine"), lambda: watch("its")] * 4)
+    alone = check([watch, lambda: watch(routing=routers.Single("mech"))] * 4)
+    assert [len(names) for names in alone] == [NEW * len(model.sites)] * 8
+    assert set(watch(custom_generate=xloom.speculative())) == set(alone[0])
     with pytest.raises(ZeroDivisionError), model.observing_sites(lambda *_: 1 / 0):
         greedy(model, 1)
-    greedy(model, 1)
-    assert seen["mine"] and seen["its"]
+    assert greedy(model, 1) == greedy(model, 1, routing=routers.XLora())
 
 
 # --- nothing is left behind ---
@@ -275,7 +334,7 @@ def test_nothing_of_a_model_changes_while_it_works(model):
         found: dict[str, Any] = {}
         for name, module in model.named_modules():
             found[name] = {
-                key: (id(value), dict(value) if isinstance(value, dict) and "hooks" in key else None)
+                key: (id(value), {k: id(v) for k, v in value.items()} if isinstance(value, dict) else None)
                 for key, value in vars(module).items()
                 if key not in {"_frozen", "_previous_max_cache_length"}
             }

@@ -179,6 +179,55 @@ def test_a_row_that_is_taken_out(tmp_path):
     assert found == {0: expected[0][:3], 1: expected[1], 2: expected[2]}
 
 
+def test_a_step_that_was_broken_off_is_not_gone_on_with(tmp_path):
+    """The model has read a token that nobody was told of: what came next would be wrong."""
+    model = mixed("llama", tmp_path)
+    batch = Batch(model)
+    batch.join(Request((5, 6), 5))
+    batch.step()
+
+    def break_off(*_):
+        raise KeyboardInterrupt
+
+    handle = model.mixture.sites[9].base.register_forward_pre_hook(break_off)
+    with pytest.raises(KeyboardInterrupt):
+        batch.step()
+    handle.remove()
+    for call in (batch.step, lambda: batch.leave(0)):
+        with pytest.raises(ConfigError, match="broken off"):
+            call()
+
+
+def test_a_batch_is_not_changed_from_within_a_step(tmp_path):
+    model, batch = mixed("llama", tmp_path), None
+    batch = Batch(model, tiny_tokenizer())
+    batch.join(Request((5, 6), 3, stop=lambda text: batch.leave(1)))
+    batch.join(Request((5, 6, 7), 3))
+    with pytest.raises(RowError, match="row 0.*a step of this batch"):
+        batch.step()
+    assert [[row for row, *_ in batch.step()] for _ in range(3)] == [[1], [1], [1]] and not batch
+
+
+def test_a_list_is_written_with_what_held_when_it_was_made(tmp_path):
+    model = mixed("llama", tmp_path)
+    with model.routing(routers.Single("a")):
+        steps = write(model, None, [Request((5, 6, 7), 5)])
+    assert [s.token_id for _, s, _ in steps] == alone(model, Request((5, 6, 7), 5, routers.Single("a")))
+
+
+def test_guidance_reads_under_the_row_s_routing(tmp_path):
+    model = mixed("llama", tmp_path)
+    some = [Request((5, 6, 7), 6, routing, options={"guidance_scale": 2.0}) for routing in ROUTERS[:3]]
+    expected = [alone(model, request) for request in some]
+    for request, text in zip(some, expected, strict=True):
+        with model.routing(request.routing):
+            assert alone(model, dataclasses.replace(request, routing=None)) == text
+        with model.routing(routers.BaseOnly()):
+            assert alone(model, request) == text
+            assert together(model, [request], [0]) == [text]
+    assert len(set(map(tuple, expected))) > 1
+
+
 class Fails(LogitsProcessor):
     """At the third token."""
 
@@ -270,13 +319,29 @@ def test_what_is_refused(tmp_path):
         (Request((1, 2), 0), "max_new_tokens: expected at least 1, found 0"),
         (Request((1, 2), 3, [routers.XLora()] * 2), "one line for one request, found 2"),
         (Request((1, 2), 3, stop=lambda text: False), "stop: expected a tokenizer"),
-        (Request((1, 2), 3, options={"num_beams": 2}), "num_beams=1, found 2"),
-        (Request((1, 2), 3, options={"temprature": 2.0}), "options: .*temprature"),
-        (Request((1, 2), 3, options={"stop_strings": "a"}), "options: .*tokenizer"),
+        (
+            Request((1, 2), 3, options={"num_beams": 2, "past_key_values": None}),
+            "num_beams, past_key_values: not for a",
+        ),
+        (Request((5, 99), 3), "tokens from 0 to 63, found 5 to 99"),
+        (Request((-1, 9), 3), "tokens from 0 to 63, found -1 to 9"),
+        (Request((1.5, 2.0), 3), "ids: expected token ids of one prompt"),
+        (Request(torch.ones(1, 3), 3), "ids: expected token ids of one prompt"),
+        (Request("abc", 3), "ids: expected token ids of one prompt"),
+        (Request((1, 2), 2.5), "max_new_tokens: expected at least 1, found 2.5"),
+        (Request((1, 2), 3, generator=7), "generator: expected a torch.Generator, found 7"),
+        (Request((1, 2), 3, routers.Precomputed(torch.ones(1, 2, 21, 2))), "a replay is for one forward"),
+        (Request((1, 2), 3, options={"temprature": 2.0}), "options: temprature: not for a row"),
+        (Request((1, 2), 3, options={"stop_strings": "a"}), "options: stop_strings: .*`stop`"),
+        (Request((1, 2), 3, stop="a"), "stop: expected a function of the text so far, found 'a'"),
+        (Request((1, 2), 3, generator=torch.Generator()), "generator: expected do_sample=True, found False"),
+        ([1, 2], r"expected a Request, found \[1, 2\]"),
         (Request((1, 2), 127), "2 tokens and 127 new ones are more than the model's window of 128"),
     ]:
         with pytest.raises(ConfigError, match=said):
             batch.join(wrong)
+        with pytest.raises(ConfigError, match=said):  # at once, not when its batch is reached
+            write(model, None, [Request((5, 6), 3), wrong])
     with pytest.raises(UnknownExpertError, match="'c'"):
         batch.join(Request((1, 2), 3, routers.Single("c")))
     assert len(batch) == 0

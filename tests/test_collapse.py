@@ -104,8 +104,7 @@ def test_what_varies_is_lost_and_measured(model, rows):
 @torch.no_grad()
 def test_any_router_can_be_collapsed(model, rows, expert_paths):
     fit, held = split([rows], 100)
-    with model.routing(routers.Single("prot")):
-        found = collapse(model, fit, held)
+    found = collapse(model, fit, held, routing=routers.Single("prot"))
     prot = Expert.from_pretrained(expert_paths["prot"])
     assert set(found.expert.modules) == set(prot.modules)
     for module, low in found.expert.modules.items():

@@ -1,5 +1,7 @@
 """A decoding step over a static cache is one graph: both passes, the head and the gate, with no break in between."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from transformers import CompileConfig, StaticCache
@@ -52,10 +54,37 @@ def test_with_other_routers(tmp_path):
 
 
 def test_a_block_that_a_compiled_forward_cannot_see_is_an_error(tmp_path):
-    model = mixed("llama", tmp_path)
+    """Before it is compiled and afterwards, in the block's thread and in others."""
+    torch.compiler.reset()
+    model, ids = mixed("llama", tmp_path), prompt(1, 3)
     step = torch.compile(model.forward, fullgraph=True, backend="eager")
-    with model.routing(routers.Uniform()), pytest.raises(Exception, match="pass routing="):
-        step(prompt(1, 3))
+    with torch.no_grad():
+        for _ in range(2):
+            with model.routing(routers.Uniform()):
+                with pytest.raises(Exception, match="pass routing="):
+                    step(ids)
+                with ThreadPoolExecutor(1) as pool, pytest.raises(Exception, match="pass routing="):
+                    pool.submit(step, ids).result()
+            torch.testing.assert_close(step(ids).logits, model(ids).logits)
+
+
+def test_compiled_before_anything_ran(tmp_path):
+    """In a thread of its own, and again; with a list of routers as well."""
+    torch.compiler.reset()
+    model, ids = mixed("llama", tmp_path), prompt(2, 4)
+    step = torch.compile(model.forward, backend="eager", dynamic=False)
+    asked = {"attention_mask": torch.ones_like(ids), "use_cache": False}
+    some = [routers.XLora(), routers.Single("a")]
+
+    @torch.no_grad()
+    def logits(call, routing):
+        return call(ids, routing=routing, **asked).logits
+
+    for _ in range(2):
+        with ThreadPoolExecutor(1) as pool:
+            found = [pool.submit(logits, step, routing).result() for routing in (None, some)]
+    for mine, routing in zip(found, (None, some), strict=True):
+        torch.testing.assert_close(mine, logits(model, routing))
 
 
 @pytest.mark.parametrize("form", FORMS)

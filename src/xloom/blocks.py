@@ -7,7 +7,7 @@ passes.
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, Generic, Self, TypeVar
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xloom.call import Observer
 from xloom.errors import ConfigError
-from xloom.routers import Routed, Routing, XLora, as_routing
+from xloom.routers import Routed, Router, Routing, XLora, as_routing
 from xloom.trace import ScalingsLog
 
 Value = TypeVar("Value")
@@ -32,36 +32,38 @@ class Ambient(Generic[Value]):
     def __init__(self, instead: str) -> None:
         self._instead = instead
         self._value: ContextVar[Value | None] = ContextVar("xloom", default=None)
-        self._here = _Blocks()
+        self._lock, self._count = threading.Lock(), 0
+        self._open = False  # whether there is a block in any thread: all that a compiled forward can see
 
     def get(self) -> Value | None:
-        """Raises ConfigError inside `torch.compile`, which cannot see it, if there is a block."""
+        """Raises ConfigError inside `torch.compile`, which cannot see whose block it is, if there is one."""
         if not torch.compiler.is_compiling():
             return self._value.get()
-        if self._here.open:
+        if self._open:
             raise ConfigError(f"a compiled forward cannot see a `with` block of the model: {self._instead}")
         return None
 
     @contextmanager
     def holding(self, value: Value | None) -> Iterator[None]:
         before = self._value.set(value)
-        self._here.open += 1
+        self._count_blocks(1)
         try:
             yield
         finally:
-            self._here.open -= 1
-            self._value.reset(before)
+            self._count_blocks(-1)
+            with suppress(ValueError):  # a generator that ends in another context than it began in: nothing holds there
+                self._value.reset(before)
+
+    def _count_blocks(self, more: int) -> None:
+        with self._lock:
+            self._count += more
+            self._open = self._count > 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return type(self)(self._instead)
 
     def __reduce__(self) -> tuple[type[Self], tuple[str]]:
         return type(self), (self._instead,)
-
-
-class _Blocks(threading.local):
-    def __init__(self) -> None:
-        self.open = 0
 
 
 class WithBlocks(ABC):
@@ -92,8 +94,14 @@ class WithBlocks(ABC):
     def routing(self, router: Routed) -> Iterator[None]:
         """For calls made inside the block, in this thread and task: `with model.routing(routers.Uniform()): ...`.
 
-        A call's own `routing=` comes first; a stream keeps what held when it was made.
+        A call's own `routing=` comes first; a stream keeps what held when it was made. Not for around a `yield`, where
+        it holds for whoever reads: pass `routing=` there.
+
+        Raises:
+            ConfigError: no router.
         """
+        if not isinstance(router, (Router, Routing, list, tuple)):
+            raise ConfigError(f"routing: expected a router, a Routing, or a list of them, found {router!r}")
         with self._routed.holding(router):
             yield
 

@@ -196,7 +196,9 @@ def _padded(part: Tensor, tokens: int) -> Tensor:
 
 
 def for_two_passes(cache: Cache, config: XLoraConfig, pool_like: Tensor | None) -> Cache:
-    """A cache that was filled by one pass, for rows among others that need two: what the head reads of them is 0.
+    """Makes a cache of one pass fit a batch of two passes.
+
+    The head's part is filled with zeros; nothing that decides for these rows reads it.
 
     Args:
         pool_like: [D] of the dtype and device of pooled states, where there are any.

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, Self
 
+import torch
 from torch import Tensor
 
 from xloom.errors import ScalingsShapeError
@@ -138,6 +139,9 @@ class Call:
         if answer is None:
             return None
         self._check(site, answer)
+        leading = x.shape if site.is_embedding else x.shape[:-1]
+        if answer.shape[:-1].numel() != leading.numel():
+            raise _misfit(site, answer, leading)
         self.answers[site.index] = answer.detach()
         return times(answer, self._global_B)
 
@@ -156,16 +160,26 @@ class Call:
             answer = one.scalings(site, x_BT[one.rows])
             if answer is not None:
                 self._check(site, answer)
+                given = torch.Size((len(one.rows or ()), tokens[1]))
+                if answer.shape[:-1] != given:
+                    raise _misfit(site, answer, given)
                 answer_BTN[one.rows] = answer.to(answer_BTN.dtype)
         self.answers[site.index] = answer_BTN.detach()
         answer_BTN = times(answer_BTN, self._global_B)
         return answer_BTN.flatten(0, 1) if flat else answer_BTN
 
     def _check(self, site: SiteView, answer: Tensor) -> None:
+        if not isinstance(answer, Tensor) or not answer.ndim:
+            raise ScalingsShapeError(f"site {site.name}: expected scalings as a tensor [..., N], found {answer!r}")
         if answer.shape[-1] != self._shape[-1]:
             raise ScalingsShapeError(
                 f"site {site.name}: {answer.shape[-1]} scalings per token for {self._shape[-1]} experts"
             )
+
+
+def _misfit(site: SiteView, answer: Tensor, given: torch.Size) -> ScalingsShapeError:
+    found = tuple(answer.shape[:-1])
+    return ScalingsShapeError(f"site {site.name}: scalings for {found} tokens, but the router was given {tuple(given)}")
 
 
 def times(scalings: Tensor, global_B: Sequence[float]) -> Tensor:

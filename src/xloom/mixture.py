@@ -1,4 +1,4 @@
-"""All sites of one base model: put into it, and taken out again.
+"""All sites of one base model: put into it, and taken out again; and which call runs through them.
 
 Knows nothing of what a site computes, of where scalings come from, of caches, or of files.
 Letters: M tokens, flattened  S sites  N experts

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Cache, GenerationMixin
+from transformers import AutoModelForCausalLM, Cache, GenerationMixin, StopStringCriteria
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from xloom import checkpoints
@@ -90,6 +90,8 @@ class XLoraForCausalLM(XLoraModel, GenerationMixin):
                 a `Routing`. None: as in the `with model.routing(...)` around, or the head.
             output_head_logits: whether the output has the head's logits.
         """
+        if "router" in kwargs:  # a base takes any keyword, and says nothing
+            raise ConfigError("router: no such argument; expected routing=...")
         # Experts on the language-model head need all tokens there: scalings belong to tokens, not to what is kept.
         cut_after = self.adapts_lm_head and not (isinstance(logits_to_keep, int) and logits_to_keep == 0)
         out, decision = self.run_passes(
@@ -141,15 +143,17 @@ class XLoraForCausalLM(XLoraModel, GenerationMixin):
         bound = self.routing_of(routing)
         if self.current_log is not None or self.current_observer is not None:
             options["disable_compile"] = True  # a compiled forward sees neither
-        if generator is not None and (taken := {"custom_generate", "assistant_model"} & set(options)):
-            raise ConfigError(f"generator: expected no {names(sorted(taken))}, which draws by itself; found both")
-        if options.get("assistant_model") is not None:  # it would be handed the routing too
-            with self.routing(bound):
-                return super().generate(*args, **options)
-        if generator is None:
-            return super().generate(*args, routing=bound, **options)
-        drawn = generate_drawn(generator, options.get("streamer"))
-        return super().generate(*args, routing=bound, custom_generate=drawn, **options)
+        if generator is not None:
+            if taken := {"custom_generate", "assistant_model", "prompt_lookup_num_tokens"} & set(options):
+                raise ConfigError(f"generator: expected no {names(sorted(taken))}, which draws by itself; found both")
+            if ends := options.pop("stop_strings", None):  # transformers hands its tokenizer to no custom decoding
+                criteria = options.get("stopping_criteria") or []
+                options["stopping_criteria"] = [*criteria, StopStringCriteria(options.pop("tokenizer"), ends)]
+            options["custom_generate"] = generate_drawn(generator, options.get("streamer"))
+        # an assistant would be handed the routing too; and guidance runs the model with no argument of ours
+        given = {} if options.get("assistant_model") is not None else {"routing": bound}
+        with self.routing(bound):
+            return super().generate(*args, **given, **options)
 
     def stream(
         self,

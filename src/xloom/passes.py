@@ -12,6 +12,7 @@ Letters: B batch  T tokens  D hidden size  S sites  N experts  C columns of the 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from transformers import Cache, PreTrainedModel
 from xloom import architecture, wrapping
 from xloom.blocks import WithBlocks
 from xloom.cache import CacheViews, new_cache, views
-from xloom.call import Call, times
+from xloom.call import Call, Current, times
 from xloom.config import XLoraConfig
 from xloom.errors import ConfigError
 from xloom.experts import Expert
@@ -324,25 +325,29 @@ class TwoPassModel(WithBlocks, PreTrainedModel):
         return torch.ones(tokens, dtype=torch.bool, device=device)
 
     def _answered(self, call: Call, decided_BTSN: Tensor) -> Tensor:
-        """What the sites were answered [B, T, S, N]; those that did not ask, or got None, have what was decided."""
-        by_site = list(decided_BTSN.unbind(2))
+        """What the sites were answered [B, T, S, N]; rows and sites that did not ask, or got None, as decided."""
+        out = decided_BTSN.clone()
         for index, answer in call.answers.items():
-            by_site[index] = answer.reshape(by_site[index].shape).to(decided_BTSN)
-        return torch.stack(by_site, dim=2)
+            answer_BTN = answer.reshape(out[:, :, index].shape).to(out)
+            for asked in call.asked:
+                rows = slice(None) if asked.rows is None else asked.rows
+                out[rows, :, index] = answer_BTN[rows]
+        return out
 
     # --- what transformers asks ---
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any
     ) -> None:
-        def run(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-            # The backward pass runs layers again after the forward has ended: its call must come back with them.
-            current = self.mixture.current
-            call = current.call
-            contexts = lambda: (nullcontext(), current.running(call))  # noqa: E731
-            return checkpoint(function, *args, use_reentrant=False, context_fn=contexts, **options)
+        # bound to what a copy of the model copies with it
+        super()._set_gradient_checkpointing(enable, partial(_checkpointed, self.mixture.current), **kwargs)
 
-        super()._set_gradient_checkpointing(enable, run, **kwargs)
+
+def _checkpointed(current: Current, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """The backward pass runs layers again after the forward has ended: its call must come back with them."""
+    call = current.call
+    contexts = lambda: (nullcontext(), current.running(call))  # noqa: E731
+    return checkpoint(function, *args, use_reentrant=False, context_fn=contexts, **options)
 
 
 @contextmanager

@@ -104,7 +104,10 @@ def plain(base: PreTrainedModel) -> PreTrainedModel:
             module = module.base if isinstance(module, Site) else module.layer
         return module
 
-    return _shell(base, bare, lambda module: False, own_parameters=True)
+    shell: PreTrainedModel = _shell(base, bare, lambda module: False, own_parameters=True)
+    if shell.is_gradient_checkpointing:
+        shell.gradient_checkpointing_disable()  # it is bound to the calls of the model around `base`
+    return shell
 
 
 def with_modules(

@@ -9,8 +9,8 @@ from tiny import ARCHITECTURES, make_expert, prompt, tiny_base
 from toy import tiny_tokenizer
 from xloom import XLoraForCausalLM
 from xloom.decoding import batch
-from xloom.decoding.batch import can_share_prefix, common_prefix, in_batches
-from xloom.evaluation.answers import Prompt, answers, end_tokens, losses
+from xloom.decoding.batch import can_share_prefix, common_prefix, end_tokens, in_batches
+from xloom.evaluation.answers import Prompt, answers, losses
 from xloom.routers import BaseOnly, Fixed, PerRow, Single, Uniform, XLora
 
 HEADS = (

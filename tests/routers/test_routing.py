@@ -152,9 +152,39 @@ def test_what_is_refused(model):
         model.generate(ids, routing=[routers.XLora(), routers.Single("cem")], max_new_tokens=2)
     with pytest.raises(UnknownExpertError, match="'cem'"):
         model.stream(ids[:1], routing=routers.XLora(only=["cem"]))
-    for setting in ({"top_k": 0}, {"temperature": 0.0}):
+    nan = float("nan")
+    for setting in (
+        {"top_k": 0}, {"top_k": 1.5}, {"temperature": 0.0}, {"temperature": "x"}, {"temperature": nan},
+        {"global_weight": nan}, {"global_weight": "x"}, {"bias": {"chem": None}}, {"bias": {"chem": nan}},
+    ):  # fmt: skip
         with pytest.raises(ConfigError, match=next(iter(setting))):
             routers.XLora(**setting)
+    for wrong in ({"chem": nan}, {"chem": "x"}, ["chem"]):
+        with pytest.raises(ConfigError, match="Fixed: "):
+            routers.Fixed(wrong)
+    for wrong in ([[1, 0, 0]], torch.tensor([[nan, 0, 0]])):
+        with pytest.raises(ConfigError, match="PerRow: "):
+            routers.PerRow(wrong)
+    with pytest.raises(ConfigError, match="expected a router.*'chem'"), model.routing("chem"):
+        pass
+    for wrong in ({"without": "chem"}, {"only": "chem"}):
+        with pytest.raises(ConfigError, match="expected a list of experts' names, found 'chem'"):
+            routers.XLora(**wrong)
+    with pytest.raises(ConfigError, match="router: no such argument; expected routing="):
+        model(ids, router=routers.Uniform())
+    with pytest.raises(ConfigError, match="generator: expected do_sample=True, found False"):
+        model.stream(ids[:1], generator=torch.Generator(), max_new_tokens=2)
+    with pytest.raises(UnknownExpertError, match="'chm'.*did you mean 'chem'"):
+        model(ids, routing=routers.Single("chm"))
+
+
+def test_a_routing_of_another_model(model, expert_paths):
+    two = {name: path for name, path in expert_paths.items() if name != "prot"}
+    other = XLoraForCausalLM.from_experts(model.plain_base(), two)
+    for router in (routers.Uniform(), routers.XLora(without=["chem"]), routers.XLora(bias={"chem": 1.0})):
+        for routing in (other.routing_of(router), [other.routing_of(router)]):
+            with pytest.raises(ConfigError, match="model of 2 experts, this one has 3"):
+                model(prompt(1, 3), routing=routing)
 
 
 def test_a_routing_of_several_rows_is_no_stream(model):
@@ -183,10 +213,33 @@ class Odd(routers.SiteRouter):
         return torch.ones(*x.shape[:-1], self.experts)
 
 
-def test_a_router_that_answers_for_other_experts(model):
+def test_a_router_that_answers_for_others(model):
     for routing in (Odd(2), [Odd(2), routers.XLora()]):
         with pytest.raises(ScalingsShapeError, match=r"site .*: 2 scalings per token for 3 experts"):
             model(prompt(2, 4), routing=routing)
+    for answer in (torch.ones(3), torch.ones(1, 1, 3), torch.ones(2, 3, 3)):
+        for routing in (Says(answer), [Says(answer), routers.XLora()]):
+            with pytest.raises(ScalingsShapeError, match=r"site .*: scalings for .*tokens"):
+                model(prompt(2, 4), routing=routing)
+    with pytest.raises(ScalingsShapeError, match="as a tensor"):
+        model(prompt(2, 4), routing=Says(0.5))
+
+
+class Says(routers.SiteRouter):
+    def __init__(self, answer) -> None:
+        self.answer = answer
+
+    def scalings(self, site, x):
+        return self.answer
+
+
+@torch.no_grad()
+def test_reported_scalings_are_not_rounded_by_a_neighbour(llama, expert_paths):
+    model = XLoraForCausalLM.from_experts(copy.deepcopy(llama).bfloat16(), expert_paths, layerwise_scalings=True)
+    ids = prompt(2, 5)
+    alone = model(ids[:1]).scalings
+    together = model(ids, routing=[routers.XLora(), routers.Arrow()]).scalings
+    torch.testing.assert_close(together[:1], alone, rtol=0, atol=1e-6)
 
 
 # --- the head's settings are those of the config ---

@@ -8,7 +8,7 @@ import xloom
 from toy import chat
 from xloom import routers
 from xloom.errors import PromptError, TraceError, UnfinishedTraceError
-from xloom.seeing import trace_conversation, trace_rows, trace_text, tracing
+from xloom.seeing import contributions, trace_conversation, trace_rows, trace_text, tracing
 from xloom.trace import Trace
 from xloom.training.rows import Row
 
@@ -158,3 +158,30 @@ def test_what_has_no_room(model, tmp_path):
     assert len(trace_text(model, tokenizer, "a" * 510, max_new_tokens=9)) == 512
     with pytest.raises(PromptError, match="found none"):
         trace_conversation(model, tokenizer, [])
+
+
+@pytest.mark.parametrize("kind", ["single", "masked", "arrow"])
+def test_an_argument_is_as_a_block(model, kind):
+    """Of every call that looks at the mixing; and the call's own router comes before that of the block around."""
+    tokenizer = letters()
+    row = Row(MESSAGES, [{"role": "assistant", "content": "cba"}], "mine:1")
+
+    def look(**asked):
+        text = trace_text(model, tokenizer, MESSAGES, max_new_tokens=4, **asked)
+        talk = trace_conversation(model, tokenizer, ["ab", "cd"], max_new_tokens=3, **asked)
+        (given,) = trace_rows(model, tokenizer, [row], **asked)
+        found = contributions(model, given.tokens.ids, **asked)
+        return [text.scalings, talk.scalings, given.scalings, found.relative_TSN], text.about.router
+
+    expert = model.experts[0]
+    of_kind = {"single": routers.Single(expert), "masked": routers.XLora(without=[expert]), "arrow": routers.Arrow()}
+    router = of_kind[kind]
+    with model.routing(router):
+        expected, name = look()
+    with model.routing(routers.BaseOnly()):
+        found, same = look(routing=router)
+    assert name == same
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.nan_to_num(), other.nan_to_num())
+    plain, _ = look()
+    assert not torch.equal(plain[2].nan_to_num(), found[2].nan_to_num())

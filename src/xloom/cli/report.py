@@ -75,19 +75,17 @@ def _answered(given: Settings, console: Console) -> Findings:
     model, tokenizer = load(path, given.base, console)
     chosen = parse_router(given.router, model.experts)
     with _watching(console) as watch:
-        with model.routing(chosen):
-            found = find(
-                model, tokenizer, asks, max_new_tokens=given.max_new_tokens, models=[plain_name(path)],
-                measure_worth=given.worth and given.router == HEAD, watch=watch,
-            )  # fmt: skip
+        found = find(
+            model, tokenizer, asks, max_new_tokens=given.max_new_tokens, models=[plain_name(path)],
+            measure_worth=given.worth and given.router == HEAD, routing=chosen, watch=watch,
+        )  # fmt: skip
     if given.against is None:
         return found
     second, its_tokenizer = load(given.against, given.base, console)
     if its_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise TraceMismatchError(f"--against {given.against}: expected the tokenizer of {path}, found another")
     with _watching(console) as watch:
-        with second.routing(parse_router(given.router, second.experts)):
-            against = read_again(second, found.traces, watch)
+        against = read_again(second, found.traces, watch, parse_router(given.router, second.experts))
     return replace(found, against=against, models=_names(path, given.against))
 
 

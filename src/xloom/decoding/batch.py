@@ -9,117 +9,26 @@ several batches of one model may run at once. Knows nothing of tasks or servers.
 Letters: B rows  T tokens  S sites  N experts  V vocabulary
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import Cache, EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
+from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from xloom.cache import for_one_pass, for_two_passes, joined, new_cache, picked, trim
-from xloom.decoding.loop import Chooser, Written
-from xloom.decoding.stream import Detokenizer, Step, prepared, told
+from xloom.decoding.loop import Written
+from xloom.decoding.request import Request, Row, RowStep
 from xloom.errors import ConfigError, RowError
 from xloom.passes import TwoPassModel
-from xloom.routers import Routed, Routing
+from xloom.routers import Routing
 from xloom.routers.routing import Line
 
 BATCH_TOKENS = 1024  # rows times tokens of one forward; on a CPU more is no faster, a GPU wants more
 _SHORTEST_PREFIX = 4  # tokens that are worth a forward of their own
-
-End = Literal["end", "stop", "length"]
-
-
-@dataclass(frozen=True)
-class Request:
-    """A text to be gone on with.
-
-    Args:
-        ids: tokens of the prompt.
-        max_new_tokens: at most so many are written.
-        routing: who decides, for this row; None: as in the `with model.routing(...)` around when it joins.
-        stop: whether the text so far, without the prompt, is over.
-        options: as `generate` takes them (`do_sample`, `top_p`, `repetition_penalty`, `eos_token_id`, ...); greedy by
-            default.
-        generator: draws the tokens, where `do_sample` is on; by default the global one.
-    """
-
-    ids: Sequence[int]
-    max_new_tokens: int
-    routing: Routed | None = None
-    stop: Callable[[str], bool] | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    generator: torch.Generator | None = None
-
-
-class RowStep(NamedTuple):
-    """One token of one row.
-
-    Args:
-        row: the number that `join` gave; in `write`, the request's place.
-        end: why it is the row's last: an end token, the request's `stop`, no more tokens; None if more follow.
-    """
-
-    row: int
-    step: Step
-    end: End | None
-
-
-class _Row:
-    """A request while it is written."""
-
-    def __init__(self, number: int, model: TwoPassModel, tokenizer: Any, request: Request) -> None:
-        if request.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens: expected at least 1, found {request.max_new_tokens}")
-        if request.stop is not None and tokenizer is None:
-            raise ConfigError("stop: expected a tokenizer that makes text of tokens, found none")
-        routing = model.routing_of(request.routing)
-        if len(routing) != 1:
-            raise ConfigError(f"routing: expected one line for one request, found {len(routing)}")
-        ids_1T = torch.tensor([list(request.ids)], dtype=torch.long, device=model.device)
-        if not ids_1T.numel():
-            raise ConfigError("ids: expected at least one token, found none")
-        window = getattr(model.config.base_text_config, "max_position_embeddings", None)
-        if window is not None and ids_1T.shape[1] + request.max_new_tokens > window:
-            raise ConfigError(
-                f"ids: {ids_1T.shape[1]} tokens and {request.max_new_tokens} new ones are more than the model's window "
-                f"of {window}"
-            )
-        options = {"attention_mask": torch.ones_like(ids_1T), "pad_token_id": 0, "do_sample": False, **request.options}
-        text = prepared(model, ids_1T, routing, options | {"max_new_tokens": request.max_new_tokens})
-        text.check()
-        self.number, self.request, self.line = number, request, routing.lines[0]
-        self.ids, self.read, self._text = list(request.ids), len(request.ids), ""
-        self._detokenizer = Detokenizer(tokenizer)
-        ends = text.settings._eos_token_tensor
-        self._ends = frozenset() if ends is None else frozenset(ends.view(-1).tolist())
-        own = [one for one in text.stop if not isinstance(one, (EosTokenCriteria, MaxLengthCriteria))]
-        self._stop = StoppingCriteriaList(own)
-        self._chooser = Chooser(text.process, bool(text.settings.do_sample), request.generator)
-        self._is_plain = not text.process and not self._chooser.samples
-
-    def next_token(self, logits_V: Tensor, likeliest: int) -> int:
-        if self._is_plain:
-            return likeliest
-        return self._chooser.choose(torch.tensor([self.ids], device=logits_V.device), logits_V, None)[0]
-
-    def goes_on(self, written: Written, experts: tuple[str, ...]) -> RowStep:
-        step = told(written, self._detokenizer, experts)
-        self.ids.append(step.token_id)
-        self._text += step.text
-        return RowStep(self.number, step, self._end(step.token_id, written.logits_V))
-
-    def _end(self, token: int, logits_V: Tensor) -> End | None:
-        if token in self._ends:
-            return "end"
-        if self.request.stop is not None and self.request.stop(self._text):
-            return "stop"
-        if self._stop and bool(self._stop(torch.tensor([self.ids], device=logits_V.device), logits_V[None])[0]):
-            return "stop"
-        return "length" if len(self.ids) - self.read >= self.request.max_new_tokens else None
 
 
 @dataclass(frozen=True)
@@ -127,7 +36,7 @@ class _Rows:
     """Rows that have been read: their attention mask [B, T], their cache, who decides for each."""
 
     model: TwoPassModel
-    rows: tuple[_Row, ...]
+    rows: tuple[Row, ...]
     mask_BT: Tensor
     cache: Cache
     routing: Routing
@@ -171,12 +80,12 @@ class Prefix:
             model(ids_BT, past_key_values=cache, logits_to_keep=1, routing=routing)
         self._read = _Rows(model, (), torch.ones_like(ids_BT), cache, routing)
 
-    def goes_with(self, row: "_Row") -> bool:
+    def goes_with(self, row: "Row") -> bool:
         """Whether a row's prompt begins so, and has tokens after it."""
         size = len(self.ids)
         return row.line in self._place and len(row.ids) > size and tuple(row.ids[:size]) == self.ids
 
-    def cache_of(self, rows: Sequence["_Row"], routing: Routing) -> Cache:
+    def cache_of(self, rows: Sequence["Row"], routing: Routing) -> Cache:
         """A cache with what each of these rows begins with."""
         places = torch.tensor([self._place[row.line] for row in rows], device=self._model.device)
         return picked(self._read.with_passes(routing.reads_head), places)
@@ -200,9 +109,9 @@ class Batch:
         prefix: Prefix | None = None,
     ) -> None:
         self._model, self._tokenizer, self._batch_tokens, self._prefix = model, tokenizer, batch_tokens, prefix
-        self._waiting: list[_Row] = []
+        self._waiting: list[Row] = []
         self._written: _Rows | None = None
-        self._joined = 0
+        self._joined, self._busy = 0, False
         self._failed: list[RowError] = []
         self._kept: list[RowStep] = []  # of the step in which a row failed
 
@@ -217,13 +126,20 @@ class Batch:
         Raises:
             ConfigError, UnknownExpertError: something is wrong with it.
         """
-        row = _Row(self._joined, self._model, self._tokenizer, request)
+        return self._take(Row(self._joined, self._model, self._tokenizer, request))
+
+    def _take(self, row: Row) -> int:
         self._waiting.append(row)
         self._joined += 1
         return row.number
 
     def leave(self, number: int) -> None:
-        """Takes a row out, whatever it lacks; nothing happens if it has ended before."""
+        """Takes a row out, whatever it lacks; nothing happens if it has ended before.
+
+        Raises:
+            ConfigError: in the middle of a step.
+        """
+        self._check_idle()
         self._waiting = [row for row in self._waiting if row.number != number]
         self._keep(lambda row: row.number != number)
 
@@ -233,18 +149,28 @@ class Batch:
 
         Raises:
             RowError: a row's own stop or logits processor has failed. The row is out; what the others got comes with
-                the next call, and the batch goes on. (After an error of the model itself the batch is of no use.)
+                the next call, and the batch goes on.
+            ConfigError: in the middle of a step, or after one that was broken off (an error of the model, Ctrl-C).
         """
+        self._check_idle()
         steps, self._kept = self._kept, []
         if not steps and not self._failed:
+            self._busy = True  # and so it stays, if this is broken off
             if self._written is not None:
                 steps += self._go_on(self._written)
             while self._waiting:
                 steps += self._admit()
+            self._busy = False
         if self._failed:
             self._kept = steps
             raise self._failed.pop(0)
         return steps
+
+    def _check_idle(self) -> None:
+        if self._busy:
+            raise ConfigError(
+                "a step of this batch is running or was broken off: expected its end; else make a new one"
+            )
 
     def _go_on(self, written: _Rows) -> list[RowStep]:
         last = torch.tensor([row.ids[-1:] for row in written.rows], device=self._model.device)
@@ -257,7 +183,7 @@ class Batch:
         if prefix is not None and not prefix.goes_with(first):
             prefix = None
         skipped = 0 if prefix is None else len(prefix.ids)
-        rows: list[_Row] = []
+        rows: list[Row] = []
         for row in self._waiting:
             longest = max(one.read for one in [*rows, row]) - skipped
             if rows and longest * (len(rows) + 1) > self._batch_tokens:
@@ -294,12 +220,11 @@ class Batch:
         self._keep(lambda row: row.number in going or row.number not in mine)
         return steps
 
-    def _keep(self, stays: Callable[[_Row], bool]) -> None:
+    def _keep(self, stays: Callable[[Row], bool]) -> None:
         if self._written is not None:
             self._written = self._written.at([i for i, row in enumerate(self._written.rows) if stays(row)])
 
 
-@torch.no_grad()
 def write(
     model: TwoPassModel,
     tokenizer: Any,
@@ -315,30 +240,34 @@ def write(
         share_prefix: read what all prompts have in common once for each kind of routing, where the model allows it.
 
     Raises:
-        ConfigError, UnknownExpertError: something is wrong with a request.
+        ConfigError, UnknownExpertError: at once, something is wrong with a request. RowError: as `Batch.step`.
     """
-    requests = [replace(request, routing=model.routing_of(request.routing)) for request in requests]
-    prefix = _shared(model, requests) if share_prefix and can_share_prefix(model) else None
+    return _written(
+        [Row(i, model, tokenizer, one) for i, one in enumerate(requests)], model, batch_tokens, share_prefix
+    )
+
+
+def _written(rows: Sequence[Row], model: TwoPassModel, batch_tokens: int, share_prefix: bool) -> Iterator[RowStep]:
+    prefix = _shared(model, rows) if share_prefix and can_share_prefix(model) else None
     skipped = 0 if prefix is None else len(prefix.ids)
-    order = sorted(range(len(requests)), key=lambda i: (requests[i].max_new_tokens, len(requests[i].ids), i))
-    for places in in_batches(order, [len(request.ids) - skipped for request in requests], batch_tokens):
-        batch = Batch(model, tokenizer, batch_tokens=batch_tokens, prefix=prefix)
+    order = sorted(range(len(rows)), key=lambda i: (rows[i].request.max_new_tokens, rows[i].read, i))
+    for places in in_batches(order, [row.read - skipped for row in rows], batch_tokens):
+        batch = Batch(model, batch_tokens=batch_tokens, prefix=prefix)
         for place in places:
-            batch.join(requests[place])
+            batch._take(rows[place])
         while batch:
-            for row, step, end in batch.step():
-                yield RowStep(places[row], step, end)
+            yield from batch.step()
 
 
-def _shared(model: TwoPassModel, requests: Sequence[Request]) -> Prefix | None:
+def _shared(model: TwoPassModel, rows: Sequence[Row]) -> Prefix | None:
     """What all prompts begin with, where reading it beforehand is worth it."""
-    if len(requests) < 2:
+    if len(rows) < 2:
         return None
-    size = common_prefix([tuple(request.ids[:-1]) for request in requests])
-    lines = list(dict.fromkeys(line for request in requests for line in model.routing_of(request.routing).lines))
-    if size < _SHORTEST_PREFIX or 2 * len(lines) > len(requests):
+    size = common_prefix([tuple(row.ids[:-1]) for row in rows])
+    lines = list(dict.fromkeys(row.line for row in rows))
+    if size < _SHORTEST_PREFIX or 2 * len(lines) > len(rows):
         return None
-    return Prefix(model, requests[0].ids[:size], lines)
+    return Prefix(model, rows[0].ids[:size], lines)
 
 
 def can_share_prefix(model: TwoPassModel) -> bool:
@@ -380,3 +309,9 @@ def in_batches(order: Sequence[int], lengths: Sequence[int], batch_tokens: int) 
 def _forward(model: TwoPassModel, ids_BT: Tensor, mask_BT: Tensor, cache: Cache, routing: Routing) -> Any:
     positions = {name: value[:, -ids_BT.shape[1] :] for name, value in model.positions(mask_BT).items()}
     return model(ids_BT, attention_mask=mask_BT, past_key_values=cache, logits_to_keep=1, routing=routing, **positions)
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Ids after which an answer is over: the tokenizer's end token, and those of the model's generation settings."""
+    own = model.generation_config.eos_token_id if model.generation_config else None
+    return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})

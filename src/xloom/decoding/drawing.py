@@ -41,8 +41,12 @@ def generate_drawn(generators: Generators, streamer: Any = None) -> Callable[...
     """A `custom_generate` that samples as `generate` does, with these generators: one for all rows, or one for each.
 
     Raises:
-        ConfigError: when it writes: greedy text or beams, or another number of rows.
+        ConfigError: no generators; when it writes: greedy text or beams, or another number of rows.
     """
+
+    some = [generators] if isinstance(generators, torch.Generator) else generators
+    if not isinstance(some, (list, tuple)) or not all(isinstance(one, torch.Generator) for one in some):
+        raise ConfigError(f"generator: expected a torch.Generator, or a list of them, found {generators!r}")
 
     def sample(model: Any, input_ids: Tensor, logits_processor: Any, generation_config: Any, **inputs: Any) -> Any:
         if not generation_config.do_sample or (generation_config.num_beams or 1) != 1:

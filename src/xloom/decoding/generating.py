@@ -126,8 +126,16 @@ class Text:
         """With the log and the observer of the blocks around."""
         return cls(model, input_ids, process, stop, settings, inputs, model.current_log, model.current_observer)
 
-    def check(self) -> None:
-        """Raises ConfigError for batches, beams, no cache, no ids, attentions or hidden states in the output."""
+    def processed(self, ids_1T: Tensor, scores_1V: Tensor) -> Tensor:
+        """What the processors make of scores; some run the model themselves (guidance)."""
+        with self.model.routing(self.inputs["routing"]):
+            scores: Tensor = self.process(ids_1T, scores_1V)
+            return scores
+
+    def check(self, generator: torch.Generator | None = None) -> None:
+        """Raises ConfigError for batches, beams, no cache, no ids, attentions or hidden states in the output, and for a
+        generator that has nothing to draw.
+        """
         settings, inputs = self.settings, self.inputs
         gives = settings.return_dict_in_generate
         no_cache = settings.use_cache is False or inputs.get("use_cache") is False
@@ -139,6 +147,7 @@ class Text:
                 inputs.get("inputs_embeds") is not None,
                 "this decoding reads ids: expected input_ids, found inputs_embeds",
             ),
+            (generator is not None and not settings.do_sample, "generator: expected do_sample=True, found False"),
             (no_cache, "this decoding needs a cache: expected use_cache=True, found False"),
             (gives and settings.output_attentions, "output_attentions: expected False in this decoding, found True"),
             (
@@ -163,7 +172,7 @@ class Text:
         self.check()
         routing = self.model.routing_of(self.inputs.get("routing")).for_rows(1)
         how.check(self.model, routing)
-        chooser = Chooser(self.process, bool(settings.do_sample), generator)
+        chooser = Chooser(self.processed, bool(settings.do_sample), generator)
         with self._started(how, routing) as (stepper, last):
             token, scores_V = chooser.choose(ids, last.logits_V, None)
             first = last._replace(token=token, scores_V=scores_V)

@@ -122,6 +122,7 @@ def steps(
     if ends and tokenizer is None:
         raise ConfigError(f"stop_strings={ends!r}: expected a tokenizer to find them with, found none")
     text = prepared(model, input_ids, model.routing_of(routing), options)
+    text.check(generator)
     written = text.written(how, how.generator if generator is None else generator)
     return _told(written, Detokenizer(tokenizer), ends, model.experts)
 

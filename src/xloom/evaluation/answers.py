@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xloom.decoding.batch import BATCH_TOKENS, Request, in_batches, padded, write
+from xloom.decoding.batch import BATCH_TOKENS, end_tokens, in_batches, padded, write
+from xloom.decoding.request import Request
 from xloom.model import XLoraForCausalLM
 from xloom.routers import Routed, Routing
 
@@ -122,9 +123,3 @@ def _each(model: XLoraForCausalLM, routing: Routed | None, count: int) -> list[R
     """The routing of each prompt."""
     lines = model.routing_of(routing).for_rows(count)
     return [lines] * count if len(lines) < count else [lines[[row]] for row in range(count)]
-
-
-def end_tokens(model: XLoraForCausalLM, tokenizer: Any) -> list[int]:
-    """Ids after which an answer is over: the tokenizer's end token, and those of the model's generation settings."""
-    own = model.generation_config.eos_token_id if model.generation_config else None
-    return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})

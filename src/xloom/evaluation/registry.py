@@ -21,8 +21,8 @@ from xloom.evaluation.systems import (
     OneAdapter,
     OtherModel,
     RightExpert,
-    Routed,
     System,
+    WithRouter,
     collapsed,
     fitting_method,
     merged,
@@ -128,7 +128,9 @@ def _router(word: str, rest: str) -> _Make:
 
     def make(model: XLoraForCausalLM, collapse: Path | None) -> System:
         asked.check(model.experts)
-        return Routed(word, asked.about, lambda bench: asked.make(), routes=asked.routes, reads_head=asked.reads_head)
+        return WithRouter(
+            word, asked.about, lambda bench: asked.make(), routes=asked.routes, reads_head=asked.reads_head
+        )
 
     return make
 
@@ -147,7 +149,7 @@ def _head(word: str, rest: str) -> _Make:
     def make(model: XLoraForCausalLM, collapse: Path | None) -> System:
         router_words.check_top_k(word, k, len(model.experts) + model.config.null_expert)
         router = XLora(top_k=k, renormalise=match[2] is not None)
-        return Routed(word, about, lambda bench: router, routes=True, reads_head=True, fields=fields)
+        return WithRouter(word, about, lambda bench: router, routes=True, reads_head=True, fields=fields)
 
     return make
 
@@ -201,7 +203,7 @@ def _oracle(name: str, collapse: Path | None) -> System:
 
 def _seqr(name: str, collapse: Path | None) -> System:
     about = "SEQR (arXiv 2509.18093): the largest |B A x|, standardised on training prompts"
-    return Routed(
+    return WithRouter(
         name, about, lambda bench: SpectR.calibrated(bench.model, bench.samples(), top_k=1), routes=True, fitted=True
     )
 

@@ -95,7 +95,7 @@ class _ModelReady(Ready):
 
     Args:
         router_of: who decides, by a question and its prompt.
-        as_they_are: whether experts have the router's own weights, whatever weight the head's mixture has.
+        as_they_are: whether the config's `global_scaling_weight` is left out (taken as 1).
         kind_of: prompts of one kind begin alike, further than all do; they are answered together, not among others.
     """
 
@@ -204,8 +204,8 @@ class FewShot(System):
 
 
 @final
-class Routed(System):
-    """The model under another router, the same for all questions.
+class WithRouter(System):
+    """The model with another router, the same for all questions.
 
     Args:
         make: the router, from the bench; asked once.

@@ -14,6 +14,7 @@ from xloom.cache import new_cache
 from xloom.errors import TraceMismatchError, names
 from xloom.model import XLoraForCausalLM
 from xloom.report.asks import Ask
+from xloom.routers import Routed
 from xloom.seeing import Worth, contributions, trace_conversation, trace_text, worth
 from xloom.seeing.tracing import MAX_NEW_TOKENS, READ_AT_ONCE, about
 from xloom.trace import Tokens, Trace
@@ -53,11 +54,13 @@ def find(
     max_new_tokens: int = MAX_NEW_TOKENS,
     measure_worth: bool = True,
     models: Sequence[str] = (),
+    routing: Routed | None = None,
     watch: Watch = lambda stage, done, total: None,
 ) -> Findings:
-    """Answers every prompt greedily, with the router of the `with model.routing(...)` around, and measures.
+    """Answers every prompt greedily, and measures.
 
     Args:
+        routing: who decides; None: as in the `with model.routing(...)` around, or the head.
         measure_worth: turn every expert off in turn, which takes a forward of each row for every variant.
         watch: is told the stage, and how much of it is done.
 
@@ -67,11 +70,11 @@ def find(
     traces: list[Trace] = []
     for number, ask in enumerate(asks):
         watch("answering", number, len(asks))
-        traces.append(_answered(model, tokenizer, ask, max_new_tokens))
+        traces.append(_answered(model, tokenizer, ask, max_new_tokens, routing))
     total = torch.zeros(len(model.sites), len(model.experts), dtype=torch.float64)
     for number, trace in enumerate(traces):
         watch("contributions", number, len(traces))
-        total += contributions(model, trace.tokens.ids).relative_TSN[1:].double().sum(dim=0)
+        total += contributions(model, trace.tokens.ids, routing=routing).relative_TSN[1:].double().sum(dim=0)
     relative_SN = total / max(sum(len(trace) - 1 for trace in traces), 1)
     rows = _rows(asks, traces) if measure_worth else {}
     found = None
@@ -83,7 +86,12 @@ def find(
 
 
 @torch.no_grad()
-def read_again(model: XLoraForCausalLM, traces: Sequence[Trace], watch: Watch = lambda *_: None) -> list[Trace]:
+def read_again(
+    model: XLoraForCausalLM,
+    traces: Sequence[Trace],
+    watch: Watch = lambda *_: None,
+    routing: Routed | None = None,
+) -> list[Trace]:
     """The same tokens as another model reads them, so that two models can be compared token by token.
 
     Raises:
@@ -105,11 +113,12 @@ def read_again(model: XLoraForCausalLM, traces: Sequence[Trace], watch: Watch = 
         logprobs = [torch.full((1,), torch.nan)]
         for start in range(0, len(ids) - 1, READ_AT_ONCE):
             stop = min(start + READ_AT_ONCE, len(ids) - 1)
-            out = model(ids[None, start:stop].to(model.device), past_key_values=cache, use_cache=True)
+            part = ids[None, start:stop].to(model.device)
+            out = model(part, past_key_values=cache, use_cache=True, routing=routing)
             scalings.append(out.scalings[0][..., order].float().cpu())
             next_T1 = ids[start + 1 : stop + 1, None].to(model.device)
             logprobs.append(out.logits[0].float().log_softmax(dim=-1).gather(-1, next_T1)[:, 0].cpu())
-        said = about(model, trace.metadata)
+        said = about(model, trace.metadata, routing)
         columns = {
             name: getattr(trace.tokens, name) for name in ("ids", "special", "answer", "turns", "roles", "texts")
         }
@@ -118,8 +127,9 @@ def read_again(model: XLoraForCausalLM, traces: Sequence[Trace], watch: Watch = 
     return found
 
 
-def _answered(model: XLoraForCausalLM, tokenizer: Any, ask: Ask, max_new_tokens: int) -> Trace:
+def _answered(model: XLoraForCausalLM, tokenizer: Any, ask: Ask, max_new_tokens: int, routing: Routed | None) -> Trace:
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "metadata": ask.metadata, "speculative": True}
+    options["routing"] = routing
     if ask.then:
         return trace_conversation(model, tokenizer, ask.questions, system=ask.system, **options)
     return trace_text(model, tokenizer, ask.prompt, **options)

@@ -9,8 +9,8 @@ from typing import final
 
 from torch import Tensor
 
-from xloom.errors import ScalingsShapeError
-from xloom.routers.routing import Given, Line, Replay, Router, Routing, check_known
+from xloom.errors import ConfigError, ScalingsShapeError
+from xloom.routers.routing import Given, Line, Replay, Router, Routing, check_known, finite
 
 
 @final
@@ -31,14 +31,20 @@ class Uniform(Router):
 
 @final
 class Fixed(Router):
-    """Weights by expert name, the same for every token; experts not named get 0."""
+    """Weights by expert name, the same for every token; experts not named get 0.
+
+    Raises:
+        ConfigError: a weight that is no finite number.
+    """
 
     def __init__(self, weights: Mapping[str, float]) -> None:
-        self._weights = dict(weights)
+        if not isinstance(weights, Mapping):
+            raise ConfigError(f"Fixed: expected weights by expert name, found {weights!r}")
+        self._weights = {name: finite(weight, f"Fixed: weight of {name!r}") for name, weight in weights.items()}
 
     def routing(self, experts: Sequence[str], sites: Sequence[str]) -> Routing:
         check_known(self._weights, experts)
-        return Routing((Line(Given(tuple(float(self._weights.get(name, 0.0)) for name in experts))),))
+        return Routing((Line(Given(tuple(self._weights.get(name, 0.0) for name in experts))),))
 
 
 @final
@@ -83,8 +89,12 @@ class PerRow(Router):
     """
 
     def __init__(self, weights_BN: Tensor) -> None:
+        if not isinstance(weights_BN, Tensor):
+            raise ConfigError(f"PerRow: expected weights as a tensor [B, N], found {weights_BN!r}")
         if weights_BN.ndim != 2 or not len(weights_BN):
             raise ScalingsShapeError(f"expected weights [B, N], found shape {tuple(weights_BN.shape)}")
+        if not weights_BN.isfinite().all():
+            raise ConfigError("PerRow: expected finite weights, found NaN or infinity")
         self.weights_BN = weights_BN
 
     def routing(self, experts: Sequence[str], sites: Sequence[str]) -> Routing:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import final
 
 from xloom.errors import ConfigError, names
-from xloom.routers.routing import Head, Line, Router, Routing, check_known
+from xloom.routers.routing import Head, Line, Router, Routing, check_known, finite
 
 
 @final
@@ -41,13 +41,18 @@ class XLora(Router):
         temperature: float | None = None,
         global_weight: float | None = None,
     ) -> None:
-        if top_k is not None and top_k < 1:
-            raise ConfigError(f"top_k: expected at least 1 or None, found {top_k}")
-        if temperature is not None and not temperature > 0:
+        for given in (only, without):
+            if isinstance(given, str):
+                raise ConfigError(f"XLora: expected a list of experts' names, found {given!r}")
+        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+            raise ConfigError(f"top_k: expected a whole number of at least 1, or None, found {top_k!r}")
+        if temperature is not None and not finite(temperature, "temperature") > 0:
             raise ConfigError(f"temperature: expected a number above 0, found {temperature}")
+        if global_weight is not None:
+            finite(global_weight, "global_weight")
         self.only = None if only is None else tuple(only)
         self.without = tuple(without)
-        self.bias = dict(bias or {})
+        self.bias = {name: finite(value, f"bias of {name!r}") for name, value in (bias or {}).items()}
         self.top_k, self.renormalise, self.temperature = top_k, renormalise, temperature
         self.global_weight = global_weight
 
@@ -61,6 +66,6 @@ class XLora(Router):
                     f"only={self.only} without={self.without} leaves none of the experts {names(experts)}"
                 )
         if self.bias:
-            bias = tuple(float(self.bias.get(e, 0.0)) for e in experts)
+            bias = tuple(self.bias.get(e, 0.0) for e in experts)
         head = Head(allowed, bias, self.top_k, self.renormalise, self.temperature)
         return Routing((Line(head, self.global_weight),))

@@ -10,6 +10,7 @@ out as it would alone. Knows nothing of hidden states, caches or files.
 Letters: B batch  T tokens  S sites  N experts  C columns of the head (N, or N+1 with the null expert)
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from xloom.call import Asked, SiteView
 from xloom.config import XLoraConfig
-from xloom.errors import ConfigError, ScalingsShapeError, UnknownExpertError, names
+from xloom.errors import ConfigError, ScalingsShapeError, UnknownExpertError, names, near
 from xloom.gating import gate
 
 
@@ -268,6 +269,13 @@ def _replayed(lines: Sequence[Line], tokens: tuple[int, int], sites: int, expert
     return torch.stack(found)
 
 
+def _experts_of(decider: Decider) -> int:
+    """How many experts it speaks of; 0 where it does not say."""
+    if isinstance(decider, Given):
+        return len(decider.weights)
+    return len(decider.allowed or decider.bias or ()) if isinstance(decider, Head) else 0
+
+
 Routed = Router | Routing | Sequence[Router | Routing]
 
 
@@ -278,6 +286,8 @@ def as_routing(given: Routed, experts: Sequence[str], sites: Sequence[str]) -> R
         ConfigError: something else; in a list, one that has several lines. Others as `Router.routing`.
     """
     if isinstance(given, Routing):
+        for count in {_experts_of(decider) for decider, _ in given._groups} - {0, len(experts)}:
+            raise ConfigError(f"routing: made for a model of {count} experts, this one has {len(experts)}")
         return given
     if isinstance(given, Router):
         return given.routing(experts, sites)
@@ -296,8 +306,18 @@ def _lines(given: Sequence[Router | Routing], experts: Sequence[str], sites: Seq
         yield lines[0]
 
 
+def finite(value: object, what: str) -> float:
+    """A setting as a number. Raises ConfigError for anything else, NaN and infinity among it."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ConfigError(f"{what}: expected a finite number, found {value!r}")
+    return float(value)
+
+
 def check_known(wanted: Sequence[str] | Mapping[str, float], experts: Sequence[str]) -> None:
     """Raises UnknownExpertError for names that are not among the experts."""
     unknown = [name for name in wanted if name not in experts]
     if unknown:
-        raise UnknownExpertError(f"no expert named {names(map(repr, unknown))}; the model has {names(experts)}")
+        hint = near(unknown[0], experts)
+        raise UnknownExpertError(
+            f"no expert named {names(map(repr, unknown))}{hint}; the model has {names(experts, 10)}"
+        )

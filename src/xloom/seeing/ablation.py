@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xloom.decoding.batch import Request, in_batches, write
+from xloom.decoding.batch import end_tokens, in_batches, write
+from xloom.decoding.request import Request
 from xloom.errors import DataError
 from xloom.model import XLoraForCausalLM
 from xloom.routers import BaseOnly, Router, XLora
@@ -188,8 +189,7 @@ class _Greedy:
     def __init__(self, model: XLoraForCausalLM, tokenizer: Any, max_new_tokens: int, batch_tokens: int) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._new, self._batch_tokens = max_new_tokens, batch_tokens
-        own = model.generation_config.eos_token_id
-        self._ends = sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
+        self._ends = end_tokens(model, tokenizer)
 
     def answers(self, examples: Sequence[Example], variant: Variant) -> list[Example]:
         """The examples' prompts with what the variant writes after them, an end token among it."""
