@@ -49,11 +49,20 @@ def _threads_take_turns_often() -> Iterator[None]:
 
 @pytest.fixture(params=FORMS)
 def model(request, llama, expert_paths) -> XLoraForCausalLM:
-    made = XLoraForCausalLM.from_experts(llama, expert_paths, layerwise_scalings=True, **FORMS[request.param])
+    return mixed(llama, expert_paths, **FORMS[request.param])
+
+
+def mixed(base, paths, **fields) -> XLoraForCausalLM:
+    made = XLoraForCausalLM.from_experts(base, paths, layerwise_scalings=True, **fields)
     with torch.no_grad():
         for parameter in made.head.parameters():
             parameter.normal_(0, 0.5)
     return made
+
+
+@pytest.fixture
+def pooled(llama, expert_paths) -> XLoraForCausalLM:
+    return mixed(llama, expert_paths, **FORMS["pooled"])
 
 
 def at_once(calls: list[Callable[[], Any]], threads: int = 8) -> list[Any]:
@@ -147,21 +156,21 @@ def test_streams_logs_and_forwards(model):
     check([lambda n=n, call=call: call(n) for n in range(6) for call in (streamed, logged, forward)])
 
 
-def test_drawn_texts_have_generators_of_their_own(model):
+def test_drawn_texts_have_generators_of_their_own(pooled):
     def generator(number: int) -> torch.Generator:
         return torch.Generator().manual_seed(number)
 
     def drawn(number: int) -> list[int]:
-        return greedy(model, number, do_sample=True, temperature=1.5, top_k=20, generator=generator(number))
+        return greedy(pooled, number, do_sample=True, temperature=1.5, top_k=20, generator=generator(number))
 
     def streamed(number: int) -> list[int]:
         ids = prompt(1, 5 + number % 4, number)
         options = {"do_sample": True, "temperature": 1.5, "top_k": 20, "max_new_tokens": NEW}
-        return [*ids[0].tolist(), *(s.token_id for s in model.stream(ids, generator=generator(number), **options))]
+        return [*ids[0].tolist(), *(s.token_id for s in pooled.stream(ids, generator=generator(number), **options))]
 
     alone = check([lambda n=n, call=call: call(n) for n in range(8) for call in (drawn, streamed)])
     assert alone[::2] == alone[1::2], "one seed, one text"
-    assert drawn(0) != greedy(model, 0)
+    assert drawn(0) != greedy(pooled, 0)
 
 
 def test_a_model_that_is_saved_and_read_beside_requests(model, tmp_path):
@@ -222,50 +231,50 @@ def test_streams_that_are_read_in_turn(model):
     assert len({tuple(text) for text in alone}) > 4
 
 
-def test_a_stream_logs_where_it_was_made(model):
-    with model.logging_scalings() as log:
-        stream = model.stream(prompt(1, 6), max_new_tokens=4)
-    with model.logging_scalings() as other:
+def test_a_stream_logs_where_it_was_made(pooled):
+    with pooled.logging_scalings() as log:
+        stream = pooled.stream(prompt(1, 6), max_new_tokens=4)
+    with pooled.logging_scalings() as other:
         list(stream)
-        greedy(model, 1)
+        greedy(pooled, 1)
     assert sum(entry.shape[1] for entry in log.entries) == 6 + 3
     assert other.entries[0].shape[1] == 6
 
 
-def test_tasks_have_routers_of_their_own(model):
+def test_tasks_have_routers_of_their_own(pooled):
     """Between the tasks of one event loop a block is the task's, too."""
 
     async def write(number: int) -> list[int]:
-        with model.routing(ROUTERS[number]()):
+        with pooled.routing(ROUTERS[number]()):
             await asyncio.sleep(0)
-            text = greedy(model, number)
+            text = greedy(pooled, number)
             await asyncio.sleep(0)
-            assert greedy(model, number) == text
+            assert greedy(pooled, number) == text
         return text
 
     async def all_of_them() -> list[list[int]]:
         return list(await asyncio.gather(*(write(number) for number in range(len(ROUTERS)))))
 
-    assert asyncio.run(all_of_them()) == [greedy(model, n, routing=router()) for n, router in enumerate(ROUTERS)]
+    assert asyncio.run(all_of_them()) == [greedy(pooled, n, routing=router()) for n, router in enumerate(ROUTERS)]
 
 
-def test_a_thread_starts_without_the_block_of_another(model):
-    with model.routing(routers.BaseOnly()), ThreadPoolExecutor(1) as pool:
-        assert pool.submit(greedy, model, 2).result() == greedy(model, 2, routing=routers.XLora())
-        assert greedy(model, 2) == greedy(model, 2, routing=routers.BaseOnly())
+def test_a_thread_starts_without_the_block_of_another(pooled):
+    with pooled.routing(routers.BaseOnly()), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(greedy, pooled, 2).result() == greedy(pooled, 2, routing=routers.XLora())
+        assert greedy(pooled, 2) == greedy(pooled, 2, routing=routers.BaseOnly())
 
 
-def test_a_block_in_a_generator_ends_wherever_it_is_read(model):
+def test_a_block_in_a_generator_ends_wherever_it_is_read(pooled):
     def texts() -> Iterator[list[int]]:
-        with model.routing(routers.Single("chem")):
-            yield greedy(model, 1)
-            yield greedy(model, 2)
+        with pooled.routing(routers.Single("chem")):
+            yield greedy(pooled, 1)
+            yield greedy(pooled, 2)
 
     for contexts in itertools.product([contextvars.copy_context()], [contextvars.copy_context()], repeat=1):
         reader = texts()
-        assert contexts[0].run(next, reader) == greedy(model, 1, routing=routers.Single("chem"))
+        assert contexts[0].run(next, reader) == greedy(pooled, 1, routing=routers.Single("chem"))
         contexts[1].run(list, reader)
-    assert isinstance(model.router, routers.XLora)
+    assert isinstance(pooled.router, routers.XLora)
 
 
 def test_what_is_made_of_the_base_beside_is_another_model(model):
@@ -299,28 +308,28 @@ def model_expert(model: XLoraForCausalLM) -> Expert:
     return Expert("e", model.expert_configs["mech"], modules)
 
 
-def test_a_copy_is_another_model(model):
-    with model.routing(routers.BaseOnly()):
-        twin = copy.deepcopy(model)
-        assert greedy(twin, 2) == greedy(model, 2, routing=routers.XLora())
-    assert twin.mixture.current is not model.mixture.current
+def test_a_copy_is_another_model(pooled):
+    with pooled.routing(routers.BaseOnly()):
+        twin = copy.deepcopy(pooled)
+        assert greedy(twin, 2) == greedy(pooled, 2, routing=routers.XLora())
+    assert twin.mixture.current is not pooled.mixture.current
     assert all(site.current is twin.mixture.current for site in twin.mixture.sites)
 
 
-def test_what_an_observer_sees_is_its_own_call(model):
+def test_what_an_observer_sees_is_its_own_call(pooled):
     def watch(**options: Any) -> list[str]:
         seen: list[tuple[int, str]] = []
-        with model.observing_sites(lambda site, *_: seen.append((threading.get_ident(), site.name))):
-            greedy(model, 1, **options)
+        with pooled.observing_sites(lambda site, *_: seen.append((threading.get_ident(), site.name))):
+            greedy(pooled, 1, **options)
         assert {thread for thread, _ in seen} == {threading.get_ident()}
         return [name for _, name in seen]
 
     alone = check([watch, lambda: watch(routing=routers.Single("mech"))] * 4)
-    assert [len(names) for names in alone] == [NEW * len(model.sites)] * 8
+    assert [len(names) for names in alone] == [NEW * len(pooled.sites)] * 8
     assert set(watch(custom_generate=xloom.speculative())) == set(alone[0])
-    with pytest.raises(ZeroDivisionError), model.observing_sites(lambda *_: 1 / 0):
-        greedy(model, 1)
-    assert greedy(model, 1) == greedy(model, 1, routing=routers.XLora())
+    with pytest.raises(ZeroDivisionError), pooled.observing_sites(lambda *_: 1 / 0):
+        greedy(pooled, 1)
+    assert greedy(pooled, 1) == greedy(pooled, 1, routing=routers.XLora())
 
 
 # --- nothing is left behind ---
