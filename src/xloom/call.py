@@ -130,7 +130,7 @@ class Call:
             return None
         if not self.asked:
             return self._by_site[site.index]
-        if self.asked[0].rows is None:
+        if self.asked[0].rows is None and len(self._global_B) < 2:
             return self._asked_alike(self.asked[0], site, x)
         return self._asked_by_row(self._by_site[site.index], site, x)
 
@@ -157,13 +157,14 @@ class Call:
         x_BT = x.reshape(*tokens, *x.shape[1:]) if flat else x
         answer_BTN = decided_BTN.to(site.A_RI, copy=True)
         for one in self.asked:
-            answer = one.scalings(site, x_BT[one.rows])
+            rows = slice(None) if one.rows is None else one.rows
+            answer = one.scalings(site, x_BT[rows])
             if answer is not None:
                 self._check(site, answer)
-                given = torch.Size((len(one.rows or ()), tokens[1]))
+                given = torch.Size((tokens[0] if one.rows is None else len(one.rows), tokens[1]))
                 if answer.shape[:-1] != given:
                     raise _misfit(site, answer, given)
-                answer_BTN[one.rows] = answer.to(answer_BTN.dtype)
+                answer_BTN[rows] = answer.to(answer_BTN.dtype)
         self.answers[site.index] = answer_BTN.detach()
         answer_BTN = times(answer_BTN, self._global_B)
         return answer_BTN.flatten(0, 1) if flat else answer_BTN

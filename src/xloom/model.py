@@ -105,6 +105,7 @@ class XLoraForCausalLM(XLoraModel, GenerationMixin):
             labels=labels,
             logits_to_keep=0 if cut_after else logits_to_keep,
             routing=routing,
+            keep_logits=output_head_logits,
             **kwargs,
         )
         self.log(decision.scalings_BTSN)
@@ -119,7 +120,7 @@ class XLoraForCausalLM(XLoraModel, GenerationMixin):
             attentions=out.attentions,
             scalings=decision.scalings_BTSN,
             aux_loss=getattr(out, "aux_loss", None),
-            head_logits=decision.logits_BTSC if output_head_logits else None,
+            head_logits=decision.logits_BTSC,
         )
         return output if return_dict is not False else output.to_tuple()
 

@@ -33,7 +33,7 @@ from xloom.routers import Routed, Routing
 
 
 class Decision(NamedTuple):
-    """Of tokens: the head's logits [B, T, S, C], where it was asked, and the scalings [B, T, S, N] decided on."""
+    """Of tokens: the head's logits [B, T, S, C], where they are wanted, and the scalings [B, T, S, N] decided on."""
 
     logits_BTSC: Tensor | None
     scalings_BTSN: Tensor
@@ -162,12 +162,14 @@ class TwoPassModel(WithBlocks, PreTrainedModel):
         head_states: Tensor | None,
         token_type_ids: Tensor | None = None,
         routing: Routed | None = None,
+        keep_logits: bool = False,
         **for_base: Any,
     ) -> tuple[Any, Decision]:
-        """What the base answers in the mixed pass, the head's logits, and the scalings [B, T, S, N] in use.
+        """What the base answers in the mixed pass, and what was decided before it.
 
         Args:
             routing: who decides; None: as in the block around.
+            keep_logits: whether the head's logits are wanted.
             for_base: what the base's forward takes beside (`labels`, `logits_to_keep`, ...).
             Others: see `XLoraForCausalLM.forward`.
         """
@@ -204,7 +206,7 @@ class TwoPassModel(WithBlocks, PreTrainedModel):
             if hidden_BTD is not None:
                 logits_BTSC = self._read(hidden_BTD, self._real_tokens(attention_mask, tokens), split)
             scalings_BTSN = lines.decide(logits_BTSC, tokens, self.config, self.head.linears[0].weight)
-            found.append(Decision(logits_BTSC, scalings_BTSN))
+            found.append(Decision(logits_BTSC if keep_logits else None, scalings_BTSN))
             if not lines.adds_nothing:
                 self.mix(call, lines, scalings_BTSN)
 

@@ -74,6 +74,8 @@ def test_in_other_architectures(kind, tmp_path):
     model = XLoraForCausalLM.from_experts(base, paths, layerwise_scalings=True, global_scaling_weight=0.8)
     kinds = [routers.XLora(), routers.Arrow(), routers.Single("b"), routers.BaseOnly(), routers.SpectR()]
     check_rows(model, kinds, tolerance=1e-3)
+    arrow = model.routing_of(routers.Arrow())
+    check_rows(model, [arrow.weighed(0.5), arrow, arrow.weighed(2.0)], tolerance=1e-3)
 
 
 @torch.no_grad()
