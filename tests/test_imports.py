@@ -1,6 +1,7 @@
 """Imports run downward, in the order of the design; and what must start fast does not load torch."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,15 +30,9 @@ def part_of(path: Path) -> str:
 
 
 def imported(path: Path) -> Iterator[tuple[int, str]]:
-    """Line and part of xloom of every import, also inside functions; `if TYPE_CHECKING` blocks left out."""
+    """Line and dotted name of every import of xloom, inside functions and for types alike."""
     package = ["xloom", *path.relative_to(SOURCE).parts[:-1]]
-    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            waiting.extend(node.orelse)
-            continue
-        waiting.extend(ast.iter_child_nodes(node))
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -49,10 +44,12 @@ def imported(path: Path) -> Iterator[tuple[int, str]]:
             names = [".".join([*home, alias.name]) for alias in node.names]
         else:
             continue
-        for name in names:
-            top, *rest = name.split(".")
-            if top == "xloom":
-                yield node.lineno, rest[0] if rest else ""
+        yield from ((node.lineno, name) for name in names if name.split(".")[0] == "xloom")
+
+
+def part(name: str) -> str:
+    """Of a dotted name, what stands in `ORDER`; "" for the package itself."""
+    return (name.split(".") + [""])[1]
 
 
 def test_every_module_has_its_place():
@@ -64,10 +61,11 @@ def test_every_module_has_its_place():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_imports_run_downward(path):
     mine = part_of(path)
-    for line, theirs in imported(path):
+    if mine == "":
+        return  # imports for types alone, and by name: `test_import_xloom_is_light`
+    for line, name in imported(path):
+        theirs = part(name)
         where = f"{path.relative_to(SOURCE)}:{line}"
-        if mine == "":
-            pytest.fail(f"{where}: xloom/__init__.py imports lazily, by name")
         if theirs == mine:
             continue
         # `from xloom import __version__` is fine; any other name on the package is a module
@@ -92,8 +90,26 @@ def test_the_reader_of_imports_sees_them(tmp_path, monkeypatch):
         "from . import saved\nif TYPE_CHECKING:\n    from xloom.cli import y\ndef f():\n    from xloom.trace import z\n"
     )
     monkeypatch.setattr(sys.modules[__name__], "SOURCE", tmp_path)
-    found = {part for _, part in imported(package / "odd.py")}
-    assert found == {"model", "cache", "errors", "files", "checkpoints", "trace"}
+    found = {part(name) for _, name in imported(package / "odd.py")}
+    assert found == {"model", "cache", "errors", "files", "checkpoints", "cli", "trace"}
+
+
+def test_no_circles():
+    """Not even of imports for types, or inside functions."""
+    modules = {}
+    for path in FILES:
+        *parts, last = ["xloom", *path.relative_to(SOURCE).with_suffix("").parts]
+        modules[".".join(parts if last == "__init__" else [*parts, last])] = path
+    graph = {}
+    for module, path in modules.items():
+        names = [name for _, name in imported(path)]
+        found = {name if name in modules else name.rpartition(".")[0] for name in names}
+        graph[module] = (found & set(modules)) - {module, "xloom"}
+    graph["xloom"] = set()  # its public names, which are loaded when they are asked for
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
 def test_the_public_names_exist():

@@ -11,7 +11,7 @@ Letters: B batch  T tokens  D hidden size  N experts
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -19,10 +19,7 @@ from torch import Tensor
 from xloom.errors import ConfigError, names
 from xloom.routers.factors import TokenIds, check_softmax, softmax_of_top
 from xloom.routers.given import PerRow
-from xloom.routers.routing import check_known
-
-if TYPE_CHECKING:
-    from xloom.passes import TwoPassModel
+from xloom.routers.routing import Fitted, check_known
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ class Centroid:
     @classmethod
     def fit(
         cls,
-        model: "TwoPassModel",
+        model: Fitted,
         prompts: Mapping[str, Sequence[TokenIds]],
         *,
         layer: int = -1,
@@ -84,7 +81,7 @@ class Centroid:
         centroids_ND = torch.stack([((rows_PD - mean_D) / std_D).mean(dim=0) for rows_PD in by_expert])
         return cls(model.experts, centroids_ND, mean_D, std_D, layer, temperature, top_k)
 
-    def weights(self, model: "TwoPassModel", input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def weights(self, model: Fitted, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Weights [B, N] of prompts [B, T]; padding, where the mask [B, T] is 0, is left out.
 
         Raises:
@@ -101,7 +98,7 @@ class Centroid:
         cosine_BN = torch.nn.functional.cosine_similarity(z_BD[:, None], self.centroids_ND, dim=-1)
         return softmax_of_top(cosine_BN, self.temperature, self.top_k)
 
-    def router(self, model: "TwoPassModel", input_ids: Tensor, attention_mask: Tensor | None = None) -> PerRow:
+    def router(self, model: Fitted, input_ids: Tensor, attention_mask: Tensor | None = None) -> PerRow:
         """`model.generate(ids, attention_mask=mask, routing=centroid.router(model, ids, mask))`."""
         return PerRow(self.weights(model, input_ids, attention_mask))
 
@@ -113,7 +110,7 @@ def _row(ids: TokenIds, expert: str, device: torch.device) -> Tensor:
     return row_BT
 
 
-def _hidden(model: "TwoPassModel", input_ids: Tensor, attention_mask: Tensor | None, layer: int) -> Tensor:
+def _hidden(model: Fitted, input_ids: Tensor, attention_mask: Tensor | None, layer: int) -> Tensor:
     """The plain base's hidden state [B, T, D], without its head."""
     given: dict[str, Any] = {}
     if attention_mask is not None:

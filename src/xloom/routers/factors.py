@@ -11,7 +11,7 @@ Letters: I in-features  O out-features  S sites  N experts  R rank (of one exper
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, final
+from typing import Any, Generic, Self, TypeVar, final
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,10 +22,7 @@ from xloom.call import SiteView
 from xloom.errors import ConfigError, ScalingsShapeError, names
 from xloom.experts import LowRank
 from xloom.gating import top_k_mask
-from xloom.routers.routing import Routing, SiteRouter, check_known
-
-if TYPE_CHECKING:
-    from xloom.passes import TwoPassModel
+from xloom.routers.routing import Fitted, Routing, SiteRouter, check_known
 
 Made = TypeVar("Made")
 TokenIds = Tensor | Sequence[int]  # of one text: [T]
@@ -183,7 +180,7 @@ class NormStatistics:
     std_SN: Tensor
 
     @classmethod
-    def of(cls, model: "TwoPassModel", texts: Mapping[str, Iterable[TokenIds]] | Iterable[TokenIds]) -> Self:
+    def of(cls, model: Fitted, texts: Mapping[str, Iterable[TokenIds]] | Iterable[TokenIds]) -> Self:
         """Measures in the base alone, one text at a time.
 
         Args:
@@ -261,7 +258,7 @@ class SpectR(_ByScore):
     @classmethod
     def calibrated(
         cls,
-        model: "TwoPassModel",
+        model: Fitted,
         texts: Mapping[str, Iterable[TokenIds]] | Iterable[TokenIds],
         *,
         temperature: float = 1.0,

@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self, final
+from typing import Any, Protocol, Self, final
 
 import torch
 from torch import Tensor
@@ -36,6 +36,27 @@ class Router(ABC):
             UnknownExpertError: it names an expert that the model does not have.
             ConfigError, ScalingsShapeError: it does not go with the model.
         """
+
+
+class Fitted(Protocol):
+    """What routers that are fitted to a model need of it."""
+
+    base: Any
+
+    @property
+    def experts(self) -> tuple[str, ...]: ...
+
+    @property
+    def sites(self) -> tuple[str, ...]: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def positions(self, attention_mask: Tensor) -> dict[str, Tensor]:
+        """`position_ids` [B, T] of left-padded rows as a keyword, or nothing where the base takes none."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A forward."""
 
 
 class SiteRouter(Router):

@@ -9,16 +9,14 @@ Letters: T tokens  S sites  N experts  C columns: the experts, then the base  K 
 import html
 import math
 import unicodedata
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from xloom.trace.shares import BASE, bands, bars, leaders, shares
-
-if TYPE_CHECKING:
-    from xloom.trace.trace import Trace
+from xloom.trace.tokens import About, Tokens
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")  # Okabe and Ito
 GREY = "#9A9A9A"
@@ -30,7 +28,34 @@ _MONO = "font-family:ui-monospace,Menlo,Consolas,monospace"
 _OUTER = f'<div class="tex2jax_ignore mathjax_ignore" style="{_MONO};font-size:13px;line-height:1.7;max-width:72em">'
 
 
-def trace_html(trace: "Trace") -> str:
+class Block(Protocol):
+    """Tokens one after the other: their scalings [T, S, N], and whether they are known [T]."""
+
+    @property
+    def scalings(self) -> Tensor: ...
+
+    @property
+    def known(self) -> Tensor: ...
+
+
+class Shown(Protocol):
+    """What is shown of a trace."""
+
+    tokens: Tokens
+    about: About
+
+    @property
+    def sites(self) -> tuple[str, ...]: ...
+
+    @property
+    def experts(self) -> tuple[str, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def blocks(self, size: int) -> Iterator[Block]: ...
+
+
+def trace_html(trace: Shown) -> str:
     """The text, each token in the colour of the expert that leads it, and a line for every expert.
 
     A token's title has its shares, mean over sites. Of long texts the start and the end are shown; the lines are of all
