@@ -27,9 +27,9 @@ from xloom.benchmark.tables import BASE
 from xloom.benchmark.timing import load, machine, spread
 from xloom.evaluation import Bench, Question, load_tasks
 from xloom.evaluation.statistics import Comparison
+from xloom.hub.shipped import model_folder
 from xloom.seeing.plots import COLOURS, GREY, save, styled
 from xloom.suite.shelf import rows_of
-from xloom.suite.shipped import model_folder
 
 DOMAINS = ("quantum", "physical", "structure", "materials", "peptides", "mechanics", "reasoning")
 COMPOSITE, ORACLE = "joined", "oracle"

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from xloom.hub.shipped import expert_folders, model_folders
 from xloom.suite.shelf import rows_of
-from xloom.suite.shipped import expert_folders, model_folders
 
 HEADER = """---
 library_name: {library}

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from xloom.suite.base_model import BUILTIN_BASE, GGUF_SHA256, builtin_base
+from xloom.hub.base_model import BUILTIN_BASE, GGUF_SHA256, builtin_base
 
 TARGET = Path("src/xloom/suite/data/general.json")
 NEW_TOKENS = 24

@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
+from xloom.hub.fetch import MODLAMP, fetch, read_member
 from xloom.suite import peptides, pulling
-from xloom.suite.fetch import MODLAMP, fetch, read_member
 from xloom.suite.reserved import is_reserved
 from xloom.suite.sequences import is_plain
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from rich.console import Console
 
 from xloom.cli.text import Sampling, generate_texts
+from xloom.hub.shipped import model_folder
 from xloom.suite.shelf import rows_of
-from xloom.suite.shipped import model_folder
 from xloom.training.rows import read_rows
 
 SHOWN = ("materials", "reasoning", "joined")

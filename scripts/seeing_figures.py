@@ -23,6 +23,7 @@ from torch import Tensor
 from xloom import XLoraForCausalLM
 from xloom.cli.common import load_tokenizer, quiet
 from xloom.errors import XLoomError
+from xloom.hub.shipped import model_folder
 from xloom.seeing import Summary, plots, trace_rows, worth
 from xloom.seeing.sites import by_layer
 from xloom.seeing.statistics import effective_number, mean_by_group
@@ -30,7 +31,6 @@ from xloom.seeing.summary import ALL, ANSWER, BASE, summarise, token_classes
 from xloom.suite.composite import FAMILIES
 from xloom.suite.domains import DOMAINS
 from xloom.suite.shelf import rows_of
-from xloom.suite.shipped import model_folder
 from xloom.trace import Trace
 from xloom.trace.shares import leaders, shares
 from xloom.training.rows import Row, read_rows

@@ -26,7 +26,7 @@ from transformers import (
 from tiny import ARCHITECTURES, make_expert, make_experts, prompt, tiny_base
 from toy import tiny_tokenizer
 from xloom import XLoraForCausalLM, XLoraForSequenceClassification, errors, routers
-from xloom.files import read_tensors, write_tensors
+from xloom.hub.files import read_tensors, write_tensors
 
 FIELDS = {"layerwise_scalings": True, "xlora_depth": 2, "xlora_size": 16, "xlora_dropout_p": 0.0}
 KINDS = [kind for kind in ARCHITECTURES if kind not in {"granite", "cohere"}]  # transformers has no such class for them

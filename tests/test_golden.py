@@ -14,7 +14,7 @@ import torch
 
 from tiny import tiny_base
 from toy import tiny_tokenizer, toy_rows, write_rows
-from xloom.files import read_json, read_tensors, write_json, write_tensors
+from xloom.hub.files import read_json, read_tensors, write_json, write_tensors
 from xloom.training.expert import train_expert
 from xloom.training.head import train_head
 from xloom.training.recipe import ExpertRecipe, HeadRecipe

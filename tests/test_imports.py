@@ -13,13 +13,13 @@ import xloom
 
 SOURCE = Path(xloom.__file__).parent
 ORDER = (
-    "errors", "files", "suite", "config", "gating", "experts", "modules", "fused", "call", "site", "mixture", "routers",
-    "cache", "checkpoints", "wrapping", "architecture", "trace", "blocks", "passes", "decoding", "loading", "model",
-    "classification", "merging", "training", "collapse", "seeing", "report", "evaluation", "benchmark", "cli",
+    "errors", "hub", "config", "gating", "experts", "modules", "fused", "call", "site", "mixture", "routers", "cache",
+    "checkpoints", "wrapping", "architecture", "trace", "blocks", "passes", "decoding", "loading", "model",
+    "classification", "merging", "suite", "training", "collapse", "seeing", "report", "evaluation", "benchmark", "cli",
     "__main__",
 )  # fmt: skip
-SUITE_MAY_IMPORT = {"errors", "files"}
-MAY_IMPORT_SUITE = {"architecture", "benchmark", "training", "cli"}
+SUITE_MAY_IMPORT = {"errors", "hub"}
+MAY_IMPORT_SUITE = {"training", "evaluation", "benchmark", "cli"}
 FILES = sorted(SOURCE.rglob("*.py"))
 
 
@@ -86,12 +86,12 @@ def test_the_reader_of_imports_sees_them(tmp_path, monkeypatch):
     package = tmp_path / "checkpoints"
     package.mkdir()
     (package / "odd.py").write_text(
-        "from typing import TYPE_CHECKING\nimport xloom.model\nfrom xloom import cache, errors\nfrom ..files import x\n"
+        "from typing import TYPE_CHECKING\nimport xloom.model\nfrom xloom import cache, errors\nfrom ..hub import x\n"
         "from . import saved\nif TYPE_CHECKING:\n    from xloom.cli import y\ndef f():\n    from xloom.trace import z\n"
     )
     monkeypatch.setattr(sys.modules[__name__], "SOURCE", tmp_path)
     found = {part(name) for _, name in imported(package / "odd.py")}
-    assert found == {"model", "cache", "errors", "files", "checkpoints", "cli", "trace"}
+    assert found == {"model", "cache", "errors", "hub", "checkpoints", "cli", "trace"}
 
 
 def test_no_circles():

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from tiny import make_expert, prompt, tiny_base
 from xloom import XLoraForCausalLM, architecture, errors, routers
-from xloom.files import read_tensors, write_tensors
+from xloom.hub.files import read_tensors, write_tensors
 
 FIELDS = {"layerwise_scalings": True, "xlora_depth": 2, "xlora_size": 16, "xlora_dropout_p": 0.0}
 

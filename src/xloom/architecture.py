@@ -30,9 +30,9 @@ from xloom.errors import (
     names,
 )
 from xloom.experts import Expert
+from xloom.hub.base_model import resolve_base
 from xloom.modules import keep_as_stored
 from xloom.site import Site
-from xloom.suite.base_model import resolve_base
 from xloom.wrapping import GateLayer, decoder_layers
 
 Kind = Literal["causal", "classification"]  # what a base puts on top of its decoder

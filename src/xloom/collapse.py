@@ -21,7 +21,7 @@ from torch import Tensor
 from xloom.checkpoints.saved import write_expert
 from xloom.errors import ConfigError, DataError, NotExportableError, names
 from xloom.experts import CONFIG_FILE, WEIGHTS_FILE, Expert, LowRank
-from xloom.files import new_folder, write_json
+from xloom.hub.files import new_folder, write_json
 from xloom.merging import check_output, plain_config
 from xloom.model import XLoraForCausalLM
 from xloom.routers import BaseOnly, Routed, Single

@@ -29,7 +29,7 @@ from xloom.errors import (
     UnsupportedLoraError,
     names,
 )
-from xloom.files import fetch_folder, read_json, read_tensors
+from xloom.hub.files import fetch_folder, read_json, read_tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

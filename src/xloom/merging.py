@@ -26,7 +26,7 @@ from xloom.architecture import fit_experts, meta_base
 from xloom.checkpoints.saved import write_expert
 from xloom.errors import ConfigError, UnsupportedLoraError, names
 from xloom.experts import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Expert, LowRank
-from xloom.files import new_folder, write_json
+from xloom.hub.files import new_folder, write_json
 from xloom.modules import check_fit
 from xloom.routers import check_known
 

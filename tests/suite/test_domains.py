@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from xloom.errors import DataError, NotFoundError
-from xloom.suite import domains, fetch
+from xloom.hub import fetch
+from xloom.hub.fetch import Package
+from xloom.suite import domains
 from xloom.suite.domains import DOMAINS, DomainFiles, build_domain, build_suite, find_domain
-from xloom.suite.fetch import Package
 from xloom.suite.items import Domain, Item, Read, Task, split_of
 from xloom.suite.reserved import is_reserved
 

@@ -1,4 +1,4 @@
-from xloom.suite.fetch import CRABNET, Package
+from xloom.hub.fetch import CRABNET, Package
 from xloom.suite.items import Item, Read, clean
 from xloom.suite.materials import BULK, DOMAIN, GAP, METAL, read_materials
 from xloom.suite.reserved import is_reserved

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from xloom.suite.fetch import MODLAMP, fetch, read_member
+from xloom.hub.fetch import MODLAMP, fetch, read_member
 
 
 @pytest.mark.network

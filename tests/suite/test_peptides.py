@@ -3,7 +3,7 @@ import sys
 import pytest
 
 from xloom.errors import MissingExtraError
-from xloom.suite.fetch import MODLAMP, Package
+from xloom.hub.fetch import MODLAMP, Package
 from xloom.suite.items import Item, Read, clean
 from xloom.suite.peptides import DOMAIN, charge_word, read
 from xloom.suite.reserved import is_reserved

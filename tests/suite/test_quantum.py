@@ -1,7 +1,7 @@
 import pytest
 
+from xloom.hub.fetch import QM9PACK, Package
 from xloom.suite import quantum
-from xloom.suite.fetch import QM9PACK, Package
 from xloom.suite.items import Item, split_of
 from xloom.suite.molecules import scaffold
 from xloom.suite.reserved import is_reserved

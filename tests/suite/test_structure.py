@@ -2,8 +2,8 @@ import gzip
 
 import pytest
 
+from xloom.hub.fetch import CHEMICALS, QM9PACK, Package
 from xloom.suite import physical, quantum, structure
-from xloom.suite.fetch import CHEMICALS, QM9PACK, Package
 from xloom.suite.items import Item
 from xloom.suite.reserved import is_reserved
 

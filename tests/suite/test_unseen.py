@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from xloom.errors import DataError
+from xloom.hub.fetch import Package
 from xloom.suite import unseen
-from xloom.suite.fetch import Package
 from xloom.suite.items import Item, clean
 from xloom.suite.materials import BULK, GAP, METAL
 from xloom.suite.peptides import MEMBER

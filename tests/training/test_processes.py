@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from xloom.errors import RecipeError
-from xloom.files import read_tensors
+from xloom.hub.files import read_tensors
 from xloom.training import processes
 from xloom.training.expert import train_expert
 from xloom.training.head import train_head

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from xloom.errors import CheckpointError, DivergedError
-from xloom.files import read_tensors
+from xloom.hub.files import read_tensors
 from xloom.training import checkpoint as files
 from xloom.training.expert import train_expert
 from xloom.training.head import train_head

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from tiny import ARCHITECTURES, make_expert, tiny_base
 from toy import toy_rows, write_rows
-from xloom.files import read_tensors
+from xloom.hub.files import read_tensors
 from xloom.training.data import Example, collate
 from xloom.training.expert import train_expert
 from xloom.training.head import train_head

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from toy import toy_rows, write_rows
 from xloom import XLoraForCausalLM
 from xloom.errors import DataError, RecipeError
-from xloom.files import read_tensors
+from xloom.hub.files import read_tensors
 from xloom.training.expert import train_expert
 from xloom.training.recipe import ExpertRecipe, load_expert_recipe
 

@@ -15,7 +15,7 @@ from toy import tiny_tokenizer, toy_rows, write_rows
 from xloom import XLoraForCausalLM, routers
 from xloom.architecture import decoder_layers
 from xloom.errors import BaseMismatchError, CheckpointError, ConfigError, RecipeError
-from xloom.files import read_tensors, write_tensors
+from xloom.hub.files import read_tensors, write_tensors
 from xloom.routers.routing import Head
 from xloom.training import head as training_head
 from xloom.training import head_trainer, objective, start

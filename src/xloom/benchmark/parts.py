@@ -17,9 +17,9 @@ from xloom import architecture, wrapping
 from xloom.benchmark.settings import RANDOM
 from xloom.errors import BaseMismatchError, ConfigError, names
 from xloom.experts import CONFIG_FILE, PREFIX, WEIGHTS_FILE
-from xloom.files import new_folder, read_tensors, write_json, write_tensors
+from xloom.hub.base_model import resolve_base
+from xloom.hub.files import new_folder, read_tensors, write_json, write_tensors
 from xloom.model import XLoraForCausalLM
-from xloom.suite.base_model import resolve_base
 
 SEED = 0
 STRENGTH = 0.2  # size of an expert's change to a weight, relative to that weight

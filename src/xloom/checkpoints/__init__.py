@@ -25,7 +25,7 @@ from xloom.errors import (
     names,
 )
 from xloom.experts import CONFIG_FILE, WEIGHTS_FILE
-from xloom.files import fetch_folder, new_folder, read_json
+from xloom.hub.files import fetch_folder, new_folder, read_json
 
 __all__ = [
     "CAUSAL", "CLASSIFICATION", "Format", "Saved", "check_class", "check_sites", "checked_head", "checked_score",

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from xloom.checkpoints import xlora
 from xloom.checkpoints.saved import Saved, kinds, our_fields_in_use, refuse
 from xloom.experts import PREFIX, Expert, LowRank
-from xloom.files import write_json, write_tensors
+from xloom.hub.files import write_json, write_tensors
 
 ORDERING = "ordering.json"
 

@@ -15,7 +15,7 @@ from xloom.checkpoints.saved import CAUSAL, CLASSIFICATION, Saved, write_expert
 from xloom.config import XLoraConfig
 from xloom.errors import CheckpointError, NotFoundError, TruncatedFileError
 from xloom.experts import Expert
-from xloom.files import naming, read_json, read_tensors, write_json, write_tensors
+from xloom.hub.files import naming, read_json, read_tensors, write_json, write_tensors
 
 CONFIG, HEAD, SCORE, EXPERTS, BASE = "config.json", "head.safetensors", "score.safetensors", "experts", "base"
 EXPERT_FOLDERS = "experts.json"

@@ -17,7 +17,7 @@ from xloom.checkpoints.saved import Saved, kinds, our_fields_in_use, refuse, sca
 from xloom.config import XLoraConfig
 from xloom.errors import ConfigError, NotFoundError, PickleError, TruncatedFileError
 from xloom.experts import CONFIG_FILE, WEIGHTS_FILE, Expert
-from xloom.files import naming, read_json, read_tensors, write_json, write_tensors
+from xloom.hub.files import naming, read_json, read_tensors, write_json, write_tensors
 
 PREFIX = "base_model.internal_xlora_classifier.layers."
 FIELDS = (

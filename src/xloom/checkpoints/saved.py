@@ -9,7 +9,7 @@ from torch import Tensor
 from xloom.config import XLoraConfig
 from xloom.errors import NotExportableError, names
 from xloom.experts import CONFIG_FILE, WEIGHTS_FILE, Expert
-from xloom.files import write_json, write_tensors
+from xloom.hub.files import write_json, write_tensors
 
 # Names in config.json of the classes that there are checkpoints of.
 CAUSAL, CLASSIFICATION = "XLoraForCausalLM", "XLoraForSequenceClassification"

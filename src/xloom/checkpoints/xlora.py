@@ -14,7 +14,7 @@ from xloom.checkpoints.saved import Saved, kinds, our_fields_in_use, refuse, sca
 from xloom.config import XLoraConfig
 from xloom.errors import ConfigError, NotFoundError, PickleError, TruncatedFileError, names
 from xloom.experts import CONFIG_FILE, Expert
-from xloom.files import naming, read_json, read_tensors, write_json, write_tensors
+from xloom.hub.files import naming, read_json, read_tensors, write_json, write_tensors
 
 CONFIG, HEAD = "xlora_config.json", "xlora_classifier.safetensors"
 FIELDS = (

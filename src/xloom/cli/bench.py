@@ -263,7 +263,7 @@ def _on_rows(
     from xloom.cli.common import load, pairs
     from xloom.cli.evaluate import builtin_suite
     from xloom.evaluation import load_tasks
-    from xloom.suite.shipped import model_folders
+    from xloom.hub.shipped import model_folders
     from xloom.training.data import tokenise_all
 
     console = Console()

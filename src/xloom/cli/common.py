@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from xloom.errors import ConfigError, PromptError, XLoomError
+from xloom.hub.base_model import resolve_base
 from xloom.model import XLoraForCausalLM
 from xloom.routers import Router
 from xloom.routers.words import read_router
-from xloom.suite.base_model import resolve_base
 
 PALETTE = ("dodger_blue1", "orange1", "green3", "magenta", "gold1", "cyan1", "red1", "medium_purple", "chartreuse3")
 BASE_COLOUR = "grey62"

@@ -11,7 +11,7 @@ from xloom.checkpoints import Format
 from xloom.cli.common import load, load_tokenizer, quiet
 from xloom.collapse import RECORD, collapse, split, write_collapsed
 from xloom.errors import ConfigError, PromptError, names
-from xloom.files import new_folder
+from xloom.hub.files import new_folder
 from xloom.merging import check_output
 from xloom.model import XLoraForCausalLM
 from xloom.training.data import read_examples

@@ -15,11 +15,11 @@ from xloom.cli.evaluate import watching
 from xloom.cli.text import Sampling, colour, share_table, write_one
 from xloom.evaluation import Evaluation, Task, evaluate, find_systems, load_tasks
 from xloom.evaluation.report import WIDTH, tables
+from xloom.hub.base_model import BUILTIN_BASE, builtin_base
+from xloom.hub.shipped import expert_folders, model_folder
 from xloom.model import XLoraForCausalLM
-from xloom.suite.base_model import BUILTIN_BASE, builtin_base
 from xloom.suite.domains import DOMAINS, DomainFiles, build_suite
 from xloom.suite.items import join_questions
-from xloom.suite.shipped import expert_folders, model_folder
 from xloom.training.head import train_head
 from xloom.training.recipe import HeadRecipe
 from xloom.training.recipe_fields import Domain

@@ -161,7 +161,7 @@ def _shipped(given: Settings) -> tuple[str, dict[str, Path]]:
     """The folder of the model that the suite is about, and of the others that come with xloom, by name."""
     if given.suite is None:
         raise ConfigError("name the model to evaluate: xloom eval MODEL --task name=file.jsonl")
-    from xloom.suite.shipped import model_folder, model_folders
+    from xloom.hub.shipped import model_folder, model_folders
 
     return str(model_folder(SHIPPED)), {name: place for name, place in model_folders().items() if name != SHIPPED}
 

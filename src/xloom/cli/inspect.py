@@ -14,8 +14,8 @@ from xloom import checkpoints
 from xloom.cli.common import quiet, write_result
 from xloom.errors import ForeignCheckpointError, XLoomError, names
 from xloom.experts import Expert
+from xloom.hub.base_model import resolve_base
 from xloom.mixture import Mixture
-from xloom.suite.base_model import resolve_base
 
 
 def inspect_paths(paths: Sequence[str], *, base: str | None, list_sites: bool, json_path: Path | None) -> int:

@@ -98,7 +98,7 @@ def _names(*paths: str) -> list[str]:
 
 
 def _shipped() -> str:
-    from xloom.suite.shipped import model_folder
+    from xloom.hub.shipped import model_folder
 
     return str(model_folder(SHIPPED))
 

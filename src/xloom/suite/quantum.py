@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from xloom.suite.fetch import QM9PACK
+from xloom.hub.fetch import QM9PACK
 from xloom.suite.items import Domain, Item, Read, Task, fraction, split_of
 from xloom.suite.molecules import canonical, choice_wordings, evenly, scaffold, value_wordings
 from xloom.suite.reserved import is_reserved

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xloom.errors import NotFoundError, near
+from xloom.hub.fetch import cache_dir
 from xloom.suite.composite import FAMILIES, build_composite
 from xloom.suite.domains import DOMAINS, DomainFiles, build_domain, build_suite
-from xloom.suite.fetch import cache_dir
 from xloom.suite.general import build_general
 from xloom.suite.items import SPLITS
 from xloom.suite.unseen import build_unseen

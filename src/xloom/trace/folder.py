@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from xloom.errors import NotFoundError, TraceError, TruncatedFileError, UnfinishedTraceError, names
-from xloom.files import read_json, write_json, write_tensors
+from xloom.hub.files import read_json, write_json, write_tensors
 from xloom.trace.rows import SCALINGS, Rows, Stored
 from xloom.trace.tokens import About, Tokens
 

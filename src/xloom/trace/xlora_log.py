@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from xloom.errors import NotFoundError, TraceError, TruncatedFileError
-from xloom.files import read_json
+from xloom.hub.files import read_json
 from xloom.trace.tokens import NO_TOKEN, About, Tokens
 from xloom.trace.trace import Trace
 

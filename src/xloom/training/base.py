@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from xloom.architecture import naming_base
 from xloom.errors import MissingExtraError, NotFoundError
-from xloom.suite.base_model import resolve_base
+from xloom.hub.base_model import resolve_base
 from xloom.training.recipe import Recipe
 
 _SAMPLE = 2**20  # bytes

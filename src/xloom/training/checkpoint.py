@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from xloom.errors import CheckpointError
-from xloom.files import read_json, read_tensors
+from xloom.hub.files import read_json, read_tensors
 
 WEIGHTS, BEST, OPTIMIZER, RANDOM = (f"{name}.safetensors" for name in ("trained", "best", "optimizer", "random"))
 OPTIMIZER_VALUES, RANDOM_VALUES, STATE = "optimizer.json", "random.json", "trainer_state.json"

@@ -34,10 +34,10 @@ from xloom.errors import (
     names,
 )
 from xloom.experts import CONFIG_FILE, Expert, LowRank
-from xloom.files import new_folder, read_json, write_json
+from xloom.hub.base_model import resolve_base
+from xloom.hub.files import new_folder, read_json, write_json
 from xloom.merging import plain_config
 from xloom.modules import dense_weight
-from xloom.suite.base_model import resolve_base
 
 RECORD = "extraction.json"
 ALL_LINEAR = "all-linear"

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from xloom.architecture import meta_base
 from xloom.errors import CheckpointError, XLoomError
 from xloom.experts import CONFIG_FILE, WEIGHTS_FILE, Expert
-from xloom.files import fetch_folder
+from xloom.hub.fetch import cache_dir
+from xloom.hub.files import fetch_folder
 from xloom.model import XLoraForCausalLM
-from xloom.suite.fetch import cache_dir
 from xloom.training.base import base_options, load_tokenizer, pad_id, quiet
 from xloom.training.checkpoint import why
 from xloom.training.data import Example, Examples, read_examples, rows_record

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from xloom.errors import CheckpointError, ConfigError, DivergedError
-from xloom.files import read_json, read_tensors
+from xloom.hub.files import read_json, read_tensors
 from xloom.training import checkpoint as files
 from xloom.training import history, processes
 from xloom.training.checkpoint import last_checkpoint

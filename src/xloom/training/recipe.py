@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr
 
 from xloom.config import XLoraConfig, check_expert_names, check_field_names
 from xloom.errors import RecipeError, XLoomError, names, near
-from xloom.files import fetch_folder
+from xloom.hub.files import fetch_folder
 from xloom.training.recipe_fields import Checked, Count, Domains, Lora, Paths, Share, Weight, off
 from xloom.training.rows import find_source
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from xloom.errors import DataError, MissingExtraError, NotFoundError, names, near
-from xloom.suite.disk import file_sha256
+from xloom.hub.disk import file_sha256
 from xloom.suite.shelf import PREFIX, find_rows
 
 COLUMNS = ("messages", "prompt", "completion")

@@ -25,7 +25,7 @@ from transformers.integrations import is_tensorboard_available
 
 from xloom import __version__
 from xloom.errors import CheckpointError, NotFoundError, TruncatedFileError, names
-from xloom.files import new_folder, read_json, write_json
+from xloom.hub.files import new_folder, read_json, write_json
 from xloom.training import processes
 from xloom.training.base import base_identity
 from xloom.training.checkpoint import clear_leftovers, disk_errors, last_checkpoint, step_of, sync_folder, why

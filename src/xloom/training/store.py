@@ -19,8 +19,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from xloom.files import write_json, write_tensors
-from xloom.suite.fetch import cache_dir
+from xloom.hub.fetch import cache_dir
+from xloom.hub.files import write_json, write_tensors
 
 _SHARD_BYTES = 64 * 2**20
 _IN_USE_SECONDS = 600.0

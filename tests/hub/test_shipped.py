@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from xloom.errors import NotFoundError
-from xloom.suite import shipped
+from xloom.hub import shipped
 
 
 @pytest.fixture

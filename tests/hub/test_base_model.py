@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from xloom.errors import DownloadError, MissingExtraError
-from xloom.suite import base_model
-from xloom.suite.base_model import BUILTIN_BASE, builtin_base, convert, resolve_base
+from xloom.hub import base_model
+from xloom.hub.base_model import BUILTIN_BASE, builtin_base, convert, resolve_base
 
 HIDDEN, MIDDLE, HEADS, KV_HEADS, LAYERS = 64, 96, 4, 2, 2
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -184,7 +184,7 @@ def test_other_names_are_unchanged(calls: list[object]) -> None:
 
 def test_a_misspelt_name_is_not_looked_for_on_the_hub() -> None:
     from xloom.errors import NotFoundError
-    from xloom.suite.base_model import resolve_base
+    from xloom.hub.base_model import resolve_base
 
     for word in ("smollm2-135m-instuct", "SmolLM2-135M-Instruct"):
         with pytest.raises(NotFoundError, match="did you mean 'smollm2-135m-instruct'"):

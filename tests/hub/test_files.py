@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from xloom.errors import CheckpointError, NotFoundError, TruncatedFileError
-from xloom.files import fetch_folder, new_folder, read_json, read_tensors, write_json, write_tensors
+from xloom.hub.files import fetch_folder, new_folder, read_json, read_tensors, write_json, write_tensors
 
 
 def tree(folder: Path) -> dict[str, str]:

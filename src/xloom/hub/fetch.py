@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from xloom.errors import DownloadError
-from xloom.suite.disk import Tick, file_sha256, plain_errors, require_space, ticking
+from xloom.hub.disk import Tick, file_sha256, plain_errors, require_space, ticking
 
 if TYPE_CHECKING:
     from rich.progress import Progress
