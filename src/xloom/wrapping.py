@@ -105,7 +105,7 @@ def plain(base: PreTrainedModel) -> PreTrainedModel:
         return module
 
     shell: PreTrainedModel = _shell(base, bare, lambda module: False, own_parameters=True)
-    if shell.is_gradient_checkpointing:
+    if any(getattr(module, "gradient_checkpointing", False) for module in shell.modules()):
         shell.gradient_checkpointing_disable()  # it is bound to the calls of the model around `base`
     return shell
 

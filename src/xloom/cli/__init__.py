@@ -297,6 +297,8 @@ def _once(text: str) -> None:
 
 def main() -> None:
     """Entry point. Exit codes: 0 done, 2 the user's input is wrong, 1 anything else, 130 interrupted."""
+    # what libraries say to each other's authors
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch|accelerate)\b")
     try:
         app(standalone_mode=True)
     except XLoomError as error:
