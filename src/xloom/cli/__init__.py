@@ -4,6 +4,7 @@ Only typer and rich are imported here; everything heavy is imported inside the c
 """
 
 import os
+import warnings
 from pathlib import Path
 from typing import Annotated
 
