@@ -175,12 +175,7 @@ class TwoPassModel(WithBlocks, PreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("pass either input_ids or inputs_embeds, and not both")
-        if head_states is not None:
-            if use_cache or past_key_values is not None:
-                raise ConfigError("head_states belong to whole sequences: pass neither use_cache nor past_key_values")
-            use_cache = False
-        if use_cache is None:
-            use_cache = self.makes_cache and getattr(self.base.config, "use_cache", True) and not self.training
+        use_cache = self._caches(use_cache, past_key_values, head_states)
         if use_cache and past_key_values is None:
             past_key_values = new_cache(self.config)
         inputs: dict[str, Any] = {
@@ -190,7 +185,7 @@ class TwoPassModel(WithBlocks, PreTrainedModel):
             "position_ids": position_ids if self.takes_positions else None,
             "token_type_ids": token_type_ids,
         }
-        inputs = {key: value for key, value in inputs.items() if value is not None} | {"use_cache": bool(use_cache)}
+        inputs = {key: value for key, value in inputs.items() if value is not None} | {"use_cache": use_cache}
         first = input_ids if input_ids is not None else inputs_embeds
         assert first is not None
         tokens = (first.shape[0], first.shape[1])
@@ -233,6 +228,16 @@ class TwoPassModel(WithBlocks, PreTrainedModel):
         if lines.asked:
             decision = decision._replace(scalings_BTSN=self._answered(call, decision.scalings_BTSN))
         return out, decision
+
+    def _caches(self, asked: bool | None, cache: Cache | None, head_states: Tensor | None) -> bool:
+        """Whether a forward fills a cache."""
+        if head_states is not None:
+            if asked or cache is not None:
+                raise ConfigError("head_states belong to whole sequences: pass neither use_cache nor past_key_values")
+            return False
+        if asked is None:
+            return self.makes_cache and getattr(self.base.config, "use_cache", True) and not self.training
+        return asked
 
     def mix(self, call: Call, lines: Routing, scalings_BTSN: Tensor) -> Call:
         """The call with scalings [B, T, S, N] that a routing has decided on, before its global weight."""
